@@ -1,0 +1,52 @@
+# make demo     the whole chain at small size on this machine, about 20 minutes on 2 cores
+# make test     the tests that CI runs            make test-all   all that this machine can run
+# make check    style, types, import contract     make unsloth    second environment, for the comparison only
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Two test processes with one thread each: torch's own threads on top of them only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+.PHONY: install demo test test-all check format lock unsloth clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install
+	$(BIN)/python launch/demo.py
+
+test: install
+	$(PYTEST) -m "not slow and not gpu and not slurm"
+
+test-all: install
+	$(PYTEST)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Rewrites the lock from what is installed. `+cpu` and CUDA packages belong to one machine, not to the lock.
+lock: install
+	{ grep '^#' requirements.lock; \
+	  { $(BIN)/pip freeze --exclude-editable; $(BIN)/pip freeze --all | grep '^setuptools=='; } \
+	  | grep -vE '^(nvidia|cuda|triton)|@ file' | sed 's/+cpu$$//' | sort -f; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf $(VENV) .venv-unsloth build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache unsloth_compiled_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

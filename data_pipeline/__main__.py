@@ -1,0 +1,178 @@
+"""Commands on token shards: `python -m data_pipeline {build,verify,inspect,stats} --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from data_pipeline.config import DataConfig
+from data_pipeline.yaml_config import ConfigError, apply_overrides, read_yaml, validate
+from rqvae.config import StrictModel
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Manifest
+
+
+class _DataSection(StrictModel):
+    data: DataConfig
+
+
+def read_data_config(path: str, overrides: Sequence[str]) -> DataConfig:
+    """The `data:` section of a run config; its other sections are left to the commands that own them.
+
+    Raises:
+        ConfigError: lists all mistakes; an override of another section is one.
+    """
+    foreign = [override for override in overrides if not override.startswith("data.")]
+    if foreign:
+        raise ConfigError(
+            "command line",
+            [
+                f"{override!r}: this command reads only the section data; write data.NAME=value"
+                for override in foreign
+            ],
+        )
+    values = apply_overrides(read_yaml(path), overrides)
+    return validate(_DataSection, {name: values[name] for name in ("data",) if name in values}, path).data
+
+
+def _summary(manifest: Manifest) -> str:
+    lines = [f"{'split':<12}{'samples':>12}{'tokens':>15}{'documents':>12}{'text MB':>10}{'shards':>8}"]
+    for name, split in manifest.splits.items():
+        lines.append(
+            f"{name:<12}{split.samples:>12,}{split.real_tokens:>15,}{split.documents:>12,}"
+            f"{split.bytes / 1e6:>10.2f}{len(split.shards):>8}"
+        )
+    return "\n".join(lines)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from data_pipeline import builder
+
+    config = read_data_config(arguments.config, arguments.overrides)
+    if arguments.task_index is not None:
+        workers = arguments.num_workers or 1
+        builder.build_task(config, arguments.task_index, arguments.num_tasks, num_workers=workers)
+        print(
+            f"task {arguments.task_index} of {arguments.num_tasks} is done; when all are: "
+            f"python -m data_pipeline build --config {arguments.config} --merge"
+        )
+        return 0
+    if arguments.merge:
+        manifest = builder.merge(config)
+    else:
+        manifest = builder.build(config, replace=arguments.replace, num_workers=arguments.num_workers)
+    print(_summary(manifest))
+    print(f"token shards: {config.directory} (fingerprint {manifest.fingerprint[:16]})")
+    print(f"next: deepspeed launch/train.py --config {arguments.config} --stage base_lm")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from data_pipeline.verification import verify
+
+    damage = verify(arguments.directory)
+    for line in damage:
+        print(line)
+    if damage:
+        print(
+            f"{arguments.directory}: {len(damage)} problems; restore the files or build again with --replace"
+        )
+        return 1
+    print(f"{arguments.directory}: every hash, count and sample is as it was written")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from data_pipeline.dataset import TokenDataset
+    from data_pipeline.manifest import load_manifest
+    from data_pipeline.tokenizer import load_tokenizer
+
+    manifest = load_manifest(arguments.directory)
+    print(json.dumps(manifest.model_dump(mode="json", exclude={"splits"}), indent=2, ensure_ascii=False))
+    print(_summary(manifest))
+    dataset = TokenDataset(arguments.directory, arguments.split)
+    tokenizer = load_tokenizer(arguments.directory)
+    for index in range(min(arguments.samples, len(dataset))):
+        batch = dataset.read([index])
+        for number in range(1, int(batch["document_ids"].max()) + 1):
+            segment = batch["input_ids"][batch["document_ids"] == number]
+            print(f"--- {arguments.split} sample {index}, segment {number}, {len(segment)} tokens")
+            print(tokenizer.decode(segment))
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from data_pipeline.manifest import load_manifest
+    from data_pipeline.statistics import split_statistics
+
+    for split, entry in load_manifest(arguments.directory).splits.items():
+        if not entry.samples:
+            continue
+        stats = split_statistics(arguments.directory, split)
+        print(
+            f"{split}: {stats.samples:,} samples, {stats.documents:,} documents, {stats.real_tokens:,} tokens\n"
+            f"  bytes per token        {stats.bytes_per_token:.3f}\n"
+            f"  padding                {stats.padding_fraction:.2%} of all positions\n"
+            f"  tokens per document    {stats.mean_document_tokens:.1f} on average\n"
+            f"  segments per document  {stats.segments_per_document:.3f}\n"
+            "  documents by length in tokens"
+        )
+        most = max(stats.length_histogram.values())
+        for length, count in stats.length_histogram.items():
+            print(f"  {length:>8,} to {2 * length - 1:>9,} {count:>10,} {'#' * round(40 * count / most)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="text to token shards; does only what is missing")
+    build.add_argument("--config", required=True, help="YAML of the run; its section `data` is read")
+    build.add_argument(
+        "--replace", action="store_true", help="build anew over shards of another configuration"
+    )
+    build.add_argument(
+        "--num-workers", type=int, default=None, help="processes for several files (default: cores)"
+    )
+    build.add_argument(
+        "--task-index", type=int, default=None, help="build only the files of this task (0-based)"
+    )
+    build.add_argument("--num-tasks", type=int, default=1, help="how many tasks share the files")
+    build.add_argument("--merge", action="store_true", help="finish a build whose tasks are all done")
+    build.add_argument(
+        "overrides", nargs="*", metavar="data.NAME=VALUE", help="overrides of the section `data`"
+    )
+    build.set_defaults(run=_build)
+
+    verify = commands.add_parser("verify", help="re-hash and re-count everything; exit code 1 on damage")
+    verify.add_argument("directory", help="directory of token shards or of codes")
+    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser("inspect", help="print the manifest and decoded samples")
+    inspect.add_argument("directory", help="directory of token shards")
+    inspect.add_argument("--split", default="train")
+    inspect.add_argument("--samples", type=int, default=2, help="samples to decode")
+    inspect.set_defaults(run=_inspect)
+
+    stats = commands.add_parser("stats", help="lengths, bytes per token and packing loss of every split")
+    stats.add_argument("directory", help="directory of token shards")
+    stats.set_defaults(run=_stats)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

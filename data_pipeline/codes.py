@@ -1,0 +1,375 @@
+"""Shards of latent codes: the format of the token shards, one output shard for every token shard.
+
+A task that encodes shard i calls `write_code_shard`; a killed task asks `code_shard_is_done` for what is
+left; once all are there, `finish_codes` writes the manifest. Codes carry the hash of the codec that made them
+and the fingerprint of the token shards, and `CodeDataset` refuses any others.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pydantic import ValidationError
+
+from data_pipeline.dataset import Batch, TokenDataset, read_rows
+from data_pipeline.errors import (
+    CodecMismatchError,
+    CorruptShardError,
+    DatasetError,
+    EmptySplitError,
+    FingerprintMismatchError,
+    FormatVersionError,
+    MissingShardError,
+    NotADatasetError,
+)
+from data_pipeline.files import sha256_json, write_json
+from data_pipeline.manifest import SPLITS, load_manifest, read_json
+from data_pipeline.shards import Group, ShardReader, tar_path, write_tar
+from rqvae.config import StrictModel
+
+CODE_FORMAT = "rqvae-code-shards"
+CODE_FORMAT_VERSION = 1
+CODE_MANIFEST_NAME = "codes_manifest.json"
+CODE_ARRAYS = ("codes",)
+
+
+class CodeShardEntry(StrictModel):
+    """One tar of codes and its index."""
+
+    name: str
+    samples: int
+    file_bytes: int
+    sha256: str
+    index_sha256: str
+
+
+class CodeLayout(StrictModel):
+    """What makes codes usable together: their codec, their tokens and their shape."""
+
+    codec_hash: str
+    """Hash of the codec that made them."""
+    token_fingerprint: str
+    """Fingerprint of the token shards they were made from."""
+    compression_factor: int
+    """K: tokens per latent position."""
+    codebook_sizes: tuple[int, ...]
+    """C of every level; there are D."""
+    sample_length: int
+    """T of the token samples; a sample has T / K latent positions."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How codes lie on disk."""
+        return np.dtype("<u2" if max(self.codebook_sizes) <= 1 << 16 else "<u4")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S, D) of one sample."""
+        return self.sample_length // self.compression_factor, len(self.codebook_sizes)
+
+
+class CodeManifest(StrictModel):
+    """Everything about a directory of codes. Written last: where it is, all shards are there."""
+
+    format: str = CODE_FORMAT
+    format_version: int = CODE_FORMAT_VERSION
+    fingerprint: str
+    """sha256 over all the rest."""
+    layout: CodeLayout
+    splits: dict[str, tuple[CodeShardEntry, ...]]
+
+    def compute_fingerprint(self) -> str:
+        """The fingerprint that the content calls for."""
+        return sha256_json(self.model_dump(mode="json", exclude={"fingerprint"}))
+
+
+class _Record(StrictModel):
+    """Marks one shard as done."""
+
+    layout: CodeLayout
+    entry: CodeShardEntry
+
+
+def code_shard_name(shard_index: int) -> str:
+    """Name of the code shard made from the token shard of that index."""
+    return f"codes-{shard_index:06d}"
+
+
+def _record_path(code_directory: str | Path, split: str, shard_index: int) -> Path:
+    return Path(code_directory) / split / f"{code_shard_name(shard_index)}.done.json"
+
+
+def write_code_shard(
+    code_directory: str | Path,
+    split: str,
+    shard_index: int,
+    codes: ArrayLike,
+    *,
+    token_dataset: TokenDataset,
+    codec_hash: str,
+    compression_factor: int,
+    codebook_sizes: Sequence[int],
+) -> None:
+    """Writes the codes of one token shard, and the mark that it is done last.
+
+    Args:
+        split: must be the split of `token_dataset`.
+        codes: [n, S, D] integers, for the samples `token_dataset.shard_range(shard_index)` in that order.
+        codec_hash: hash of the codec that made them.
+        compression_factor: K, S = sample_length / K.
+        codebook_sizes: C of each of the D levels.
+
+    Raises:
+        ValueError: the shape does not fit the token shard, or a code is out of its codebook's range.
+        CodecMismatchError: the directory already holds a finished set of another codec's codes.
+        FingerprintMismatchError: or of other token shards.
+    """
+    if split != token_dataset.split:
+        raise ValueError(f"codes of split {split!r} cannot be made from the split {token_dataset.split!r}")
+    layout = CodeLayout(
+        codec_hash=codec_hash,
+        token_fingerprint=token_dataset.fingerprint,
+        compression_factor=compression_factor,
+        codebook_sizes=tuple(codebook_sizes),
+        sample_length=token_dataset.sample_length,
+    )
+    if (Path(code_directory) / CODE_MANIFEST_NAME).is_file():
+        _check_layout(load_code_manifest(code_directory).layout, layout, code_directory)
+    samples = len(token_dataset.shard_range(shard_index))
+    values = np.asarray(codes)
+    if values.shape != (samples, *layout.shape) or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"codes of shard {shard_index} must be integers of shape {(samples, *layout.shape)}, not "
+            f"{values.dtype} of shape {values.shape}"
+        )
+    if samples and (values.min() < 0 or (values >= np.array(codebook_sizes)).any()):
+        raise ValueError(
+            f"codes of shard {shard_index} are out of the range of their codebooks {codebook_sizes}"
+        )
+    values = values.astype(layout.dtype)
+    name = code_shard_name(shard_index)
+    size = token_dataset.manifest.samples_per_member
+    groups = [
+        Group(key, {"codes": rows}, {"codes": range(len(rows) + 1)})
+        for key, rows in zip(
+            _keys(tar_path(token_dataset.directory / split, token_dataset.shards[shard_index].name)),
+            [values[first : first + size] for first in range(0, samples, size)],
+            strict=True,
+        )
+    ]
+    record_path = _record_path(code_directory, split, shard_index)
+    record_path.unlink(missing_ok=True)
+    file_bytes, sha256, index_sha256 = write_tar(Path(code_directory) / split, name, groups)
+    entry = CodeShardEntry(
+        name=name, samples=samples, file_bytes=file_bytes, sha256=sha256, index_sha256=index_sha256
+    )
+    write_json(record_path, _Record(layout=layout, entry=entry).model_dump(mode="json"))
+
+
+def _keys(token_tar: Path) -> list[str]:
+    """The webdataset keys of a token shard in order; reads the headers only."""
+    suffix = ".tokens.npy"
+    with tarfile.open(token_tar, mode="r:") as tar:
+        return [member.name.removesuffix(suffix) for member in tar if member.name.endswith(suffix)]
+
+
+def _read_record(path: Path) -> _Record | None:
+    if not path.is_file():
+        return None
+    try:
+        return _Record.model_validate(read_json(path))
+    except (ValidationError, CorruptShardError):
+        return None  # not a mark of ours: the shard is made again
+
+
+def code_shard_is_done(
+    code_directory: str | Path, split: str, shard_index: int, *, token_fingerprint: str, codec_hash: str
+) -> bool:
+    """Whether this codec's codes of this token shard are there already."""
+    record = _read_record(_record_path(code_directory, split, shard_index))
+    if record is None:
+        return False
+    layout, path = record.layout, tar_path(Path(code_directory) / split, record.entry.name)
+    same = (layout.codec_hash, layout.token_fingerprint) == (codec_hash, token_fingerprint)
+    return same and path.is_file() and path.stat().st_size == record.entry.file_bytes
+
+
+def finish_codes(
+    code_directory: str | Path,
+    token_directory: str | Path,
+    *,
+    codec_hash: str,
+    splits: Sequence[str] | None = None,
+) -> CodeManifest:
+    """Writes the manifest of the codes once every shard is there.
+
+    Args:
+        splits: the splits that were encoded; None takes all that have samples.
+
+    Raises:
+        MissingShardError: names the shards that are not done, or were made by another codec.
+    """
+    tokens = load_manifest(token_directory)
+    wanted = [name for name in (splits or SPLITS) if splits is not None or tokens.splits[name].samples]
+    layouts: set[CodeLayout] = set()
+    entries: dict[str, tuple[CodeShardEntry, ...]] = {}
+    missing = []
+    for split in wanted:
+        found = []
+        for index in range(len(tokens.splits[split].shards)):
+            record = _read_record(_record_path(code_directory, split, index))
+            if record is None or not code_shard_is_done(
+                code_directory, split, index, token_fingerprint=tokens.fingerprint, codec_hash=codec_hash
+            ):
+                missing.append(f"{split}/{code_shard_name(index)}")
+                continue
+            found.append(record.entry)
+            layouts.add(record.layout)
+        entries[split] = tuple(found)
+    if missing:
+        raise MissingShardError(
+            f"{code_directory}: {len(missing)} shards are not encoded yet by the codec {codec_hash} "
+            f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): run their tasks first"
+        )
+    if len(layouts) != 1:
+        raise DatasetError(f"{code_directory}: the shards disagree about K, D or C: encode them again")
+    manifest = CodeManifest(fingerprint="", layout=layouts.pop(), splits=entries)
+    manifest = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
+    write_json(Path(code_directory) / CODE_MANIFEST_NAME, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def load_code_manifest(code_directory: str | Path) -> CodeManifest:
+    """The manifest of a finished directory of codes.
+
+    Raises:
+        NotADatasetError, FormatVersionError, CorruptShardError: as `manifest.load_manifest`.
+    """
+    path = Path(code_directory) / CODE_MANIFEST_NAME
+    if not path.is_file():
+        raise NotADatasetError(
+            f"{code_directory}: holds no {CODE_MANIFEST_NAME}, so it is either not a directory of codes or "
+            "not all of its shards are encoded; run launch/precompute_codes.py again"
+        )
+    values: Any = read_json(path)
+    if not isinstance(values, dict) or values.get("format") != CODE_FORMAT:
+        raise NotADatasetError(f"{path}: not the manifest of codes (format {CODE_FORMAT!r} expected)")
+    if values.get("format_version") != CODE_FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {values.get('format_version')!r}, but this program reads "
+            f"{CODE_FORMAT_VERSION}; encode the tokens again"
+        )
+    try:
+        manifest = CodeManifest.model_validate(values)
+    except ValidationError as error:
+        raise CorruptShardError(f"{path}: damaged: {error}") from error
+    if manifest.fingerprint != manifest.compute_fingerprint():
+        raise CorruptShardError(f"{path}: damaged or edited: its content does not match its fingerprint")
+    return manifest
+
+
+def _check_layout(there: CodeLayout, wanted: CodeLayout, code_directory: str | Path) -> None:
+    if there.codec_hash != wanted.codec_hash:
+        raise _other_codec(code_directory, there.codec_hash, wanted.codec_hash)
+    if there.token_fingerprint != wanted.token_fingerprint:
+        raise _other_tokens(code_directory, there.token_fingerprint, wanted.token_fingerprint)
+
+
+def _other_codec(code_directory: str | Path, there: str, wanted: str) -> CodecMismatchError:
+    return CodecMismatchError(
+        f"{code_directory}: these codes were made by the codec {there}, but the codec in use is {wanted}: "
+        "encode with it into another directory (launch/precompute_codes.py)"
+    )
+
+
+def _other_tokens(code_directory: str | Path, there: str, wanted: str) -> FingerprintMismatchError:
+    return FingerprintMismatchError(
+        f"{code_directory}: these codes were made from the token shards {there}, but the token shards in use "
+        f"are {wanted}: encode those (launch/precompute_codes.py)"
+    )
+
+
+class CodeDataset:
+    """The samples of a `TokenDataset` with their latent codes, joined by the sample index.
+
+    Attributes:
+        fingerprint: of the codes and with them of the tokens.
+        codec_hash: of the codec that made the codes.
+        compression_factor: K.
+        codebook_sizes: C of every level.
+        token_dataset: the tokens; `sample_length`, `vocab_size` and the rest are its.
+
+    Args:
+        codec_hash: refuse codes of any other codec; None takes whatever is there.
+
+    Raises:
+        NotADatasetError: no finished codes there.
+        CodecMismatchError: made by another codec; names both hashes.
+        FingerprintMismatchError: made from other token shards; names both fingerprints.
+        MissingShardError: a shard is not there.
+        EmptySplitError: the split was not encoded.
+    """
+
+    def __init__(
+        self, token_dataset: TokenDataset, code_directory: str | Path, codec_hash: str | None = None
+    ) -> None:
+        manifest = load_code_manifest(code_directory)
+        layout = manifest.layout
+        if codec_hash is not None and layout.codec_hash != codec_hash:
+            raise _other_codec(code_directory, layout.codec_hash, codec_hash)
+        if layout.token_fingerprint != token_dataset.fingerprint:
+            raise _other_tokens(code_directory, layout.token_fingerprint, token_dataset.fingerprint)
+        if token_dataset.split not in manifest.splits:
+            raise EmptySplitError(
+                f"{code_directory}: the split {token_dataset.split!r} was not encoded; there are: "
+                f"{', '.join(manifest.splits)}"
+            )
+        self.token_dataset = token_dataset
+        self.manifest = manifest
+        self.fingerprint = manifest.fingerprint
+        self.codec_hash = layout.codec_hash
+        self.compression_factor = layout.compression_factor
+        self.codebook_sizes = layout.codebook_sizes
+        self.sample_length = token_dataset.sample_length
+        self.document_grid = token_dataset.document_grid
+        self.vocab_size = token_dataset.vocab_size
+        self.pad_token_id = token_dataset.pad_token_id
+        self.eos_token_id = token_dataset.eos_token_id
+        self.num_bytes = token_dataset.num_bytes
+        self.num_real_tokens = token_dataset.num_real_tokens
+        self.num_documents = token_dataset.num_documents
+        self._shards = manifest.splits[token_dataset.split]
+        self._folder = Path(code_directory) / token_dataset.split
+        for shard in self._shards:
+            if not tar_path(self._folder, shard.name).is_file():
+                raise MissingShardError(
+                    f"{tar_path(self._folder, shard.name)}: listed in the manifest but not there; restore it "
+                    "or encode again"
+                )
+        self._reader = lru_cache(maxsize=256)(self._open)
+
+    def __len__(self) -> int:
+        return len(self.token_dataset)
+
+    def _open(self, shard_index: int) -> ShardReader:
+        shard = self._shards[shard_index]
+        return ShardReader(self._folder, shard.name, CODE_ARRAYS, shard.samples, shard.file_bytes)
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+        """The batch of `TokenDataset.read` with `codes` [B, S, D], LongTensor, added.
+
+        Raises:
+            CorruptShardError: names the shard and the sample whose bytes are damaged.
+        """
+        layout = self.manifest.layout
+        rows = read_rows(self._reader, "codes", *self.token_dataset.locate(indices))
+        codes = np.frombuffer(b"".join(rows), dtype=layout.dtype).reshape(len(rows), *layout.shape)
+        batch = self.token_dataset.read(indices)
+        return {**batch, "codes": torch.from_numpy(codes.astype(np.int64))}

@@ -1,0 +1,157 @@
+"""Random access to token samples by their index in the split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.errors import EmptySplitError, MissingShardError
+from data_pipeline.manifest import load_manifest
+from data_pipeline.packing import LENGTH, NUM_BYTES, SEGMENT_COLUMNS, START
+from data_pipeline.shards import ShardReader, tar_path
+
+Batch = dict[str, Tensor]
+TOKEN_ARRAYS = ("segments", "tokens")
+_OPEN_SHARDS = 256
+"""Shards kept open at a time: bounds the file descriptors, whatever the size of the dataset."""
+
+
+class TokenDataset:
+    """One split of a directory of token shards.
+
+    Attributes:
+        fingerprint: hash of the whole directory's content.
+        sample_length: T.
+        document_grid: G.
+        vocab_size: token ids are below it.
+        pad_token_id: stands at padding.
+        eos_token_id: ends every document.
+        num_bytes: UTF-8 bytes of all documents of the split.
+        num_real_tokens: tokens of all documents, their end-of-text tokens included.
+        num_documents: documents of the split.
+
+    Raises:
+        NotADatasetError, FormatVersionError, CorruptShardError: see `load_manifest`.
+        EmptySplitError: the split has no samples.
+        MissingShardError: a shard is not there.
+    """
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        manifest = load_manifest(directory)
+        entry = manifest.splits.get(split)
+        if entry is None or not entry.samples:
+            filled = [name for name, other in manifest.splits.items() if other.samples]
+            raise EmptySplitError(
+                f"{directory}: the split {split!r} has no samples; there are: {', '.join(filled)}"
+            )
+        self.directory = Path(directory)
+        self.split = split
+        self.manifest = manifest
+        self.shards = entry.shards
+        self.fingerprint = manifest.fingerprint
+        self.sample_length = manifest.sample_length
+        self.document_grid = manifest.document_grid
+        self.vocab_size = manifest.vocab_size
+        self.pad_token_id = manifest.pad_token_id
+        self.eos_token_id = manifest.eos_token_id
+        self.num_bytes = entry.bytes
+        self.num_real_tokens = entry.real_tokens
+        self.num_documents = entry.documents
+        self._dtype = np.dtype(manifest.token_dtype)
+        self._folder = self.directory / split
+        self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        there = {path.name for path in self._folder.iterdir()} if self._folder.is_dir() else set()
+        for shard in self.shards:
+            if tar_path(self._folder, shard.name).name not in there:
+                raise MissingShardError(
+                    f"{tar_path(self._folder, shard.name)}: listed in the manifest but not there; restore it "
+                    "or build again"
+                )
+        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def shard_range(self, shard_index: int) -> range:
+        """Sample indices of one shard."""
+        return range(int(self._first[shard_index]), int(self._first[shard_index + 1]))
+
+    def locate(
+        self, indices: Sequence[int] | NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """([B] shards, [B] samples inside the shards) of sample indices.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"samples {wanted.min()}..{wanted.max()} of {len(self)} in {self._folder}")
+        shards = np.searchsorted(self._first, wanted, side="right") - 1
+        return shards, wanted - self._first[shards]
+
+    def _open(self, shard_index: int) -> ShardReader:
+        shard = self.shards[shard_index]
+        return ShardReader(self._folder, shard.name, TOKEN_ARRAYS, shard.samples, shard.file_bytes)
+
+    def read_segments(self, indices: Sequence[int] | NDArray[np.integer]) -> list[NDArray[np.int64]]:
+        """[m, 6] segments of each of these samples, columns as in `packing.SEGMENT_COLUMNS`."""
+        rows = read_rows(self._reader, "segments", *self.locate(indices))
+        return [np.frombuffer(row, dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS)) for row in rows]
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+        """The samples at these indices, in this order.
+
+        Returns:
+            input_ids [B, T], document_ids [B, T] (0 at padding, else the number of the segment in the sample,
+            from 1), sample_index [B], num_bytes [B]; all LongTensors.
+
+        Raises:
+            CorruptShardError: names the shard and the sample whose bytes are damaged.
+            IndexError: there is no such sample.
+        """
+        shards, samples = self.locate(indices)
+        size, length = len(shards), self.sample_length
+        token_rows = read_rows(self._reader, "tokens", shards, samples)
+        tokens = np.frombuffer(b"".join(token_rows), dtype=self._dtype).reshape(size, length)
+
+        segment_rows = read_rows(self._reader, "segments", shards, samples)
+        segments = np.frombuffer(b"".join(segment_rows), dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS))
+        counts = np.array([len(row) for row in segment_rows], dtype=np.int64) // segments.strides[0]
+        owner = np.repeat(np.arange(size), counts)
+        number = np.arange(1, len(segments) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
+        # +number at the start of each segment and -number behind its end: the running sum is the document id
+        steps = np.zeros((size, length + 1), dtype=np.int64)
+        steps[owner, segments[:, START]] += number
+        steps[owner, segments[:, START] + segments[:, LENGTH]] -= number
+        num_bytes = np.zeros(size, dtype=np.int64)
+        np.add.at(num_bytes, owner, segments[:, NUM_BYTES])
+        return {
+            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
+            "document_ids": torch.from_numpy(steps[:, :length].cumsum(axis=1)),
+            "sample_index": torch.from_numpy(np.array(indices, dtype=np.int64)),
+            "num_bytes": torch.from_numpy(num_bytes),
+        }
+
+
+def read_rows(
+    open_shard: Callable[[int], ShardReader],
+    array: str,
+    shards: NDArray[np.int64],
+    samples: NDArray[np.int64],
+) -> list[bytes]:
+    """The bytes of samples that may lie in several shards, in the order asked for."""
+    rows: list[bytes] = [b""] * len(shards)
+    for shard in np.unique(shards).tolist():
+        positions = np.flatnonzero(shards == shard)
+        for position, row in zip(
+            positions.tolist(), open_shard(shard).read(array, samples[positions]), strict=True
+        ):
+            rows[position] = row
+    return rows

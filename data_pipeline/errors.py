@@ -1,0 +1,39 @@
+"""Errors of the shard directories. All are ValueErrors, so a command prints them without a traceback."""
+
+from __future__ import annotations
+
+
+class DatasetError(ValueError):
+    """A shard directory that cannot be used; the message says what to do."""
+
+
+class NotADatasetError(DatasetError):
+    """There is no shard directory, its build is unfinished, or it was written by something else."""
+
+
+class FormatVersionError(DatasetError):
+    """The directory is in a version of the format that this program does not read."""
+
+
+class EmptySplitError(DatasetError):
+    """The split does not exist or has no samples."""
+
+
+class MissingShardError(DatasetError):
+    """A shard or index that the manifest lists is not there."""
+
+
+class CorruptShardError(DatasetError):
+    """Bytes on disk are not the bytes that were written; names the shard and the sample."""
+
+
+class CodecMismatchError(DatasetError):
+    """The codes were made by another codec."""
+
+
+class FingerprintMismatchError(DatasetError):
+    """The codes, or a saved position, belong to other token shards."""
+
+
+class SourceError(ValueError):
+    """The text cannot be read: files missing, a column missing, no network."""

@@ -1,0 +1,214 @@
+"""The shard format: an uncompressed tar of .npy members, and beside it an index of every sample's bytes.
+
+A member holds the rows of several samples; the index says where each row lies in the tar and what its crc32
+is, so a sample is read by one `pread` per array and checked every time. The tar is an ordinary one: stock
+`webdataset` reads it without the index.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import CorruptShardError, MissingShardError
+from data_pipeline.files import HashingFile, atomic_writer, sha256_file
+from data_pipeline.manifest import ShardEntry
+from data_pipeline.packing import LENGTH, NUM_BYTES, ROW, PackedSample
+
+# Where one sample's rows of one array lie: offset and size in the tar in bytes, crc32 of those bytes.
+_PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
+_BLOCK = tarfile.BLOCKSIZE
+
+
+def index_dtype(arrays: Sequence[str]) -> np.dtype:
+    """Rows of an index: for each array (as `tokens`, `segments`) the place of the sample's bytes."""
+    return np.dtype([(name, _PLACE) for name in arrays])
+
+
+def tar_path(directory: Path, name: str) -> Path:
+    """The tar of the shard `name`."""
+    return directory / f"{name}.tar"
+
+
+def index_path(directory: Path, name: str) -> Path:
+    """The index of the shard `name`."""
+    return directory / f"{name}.index.npy"
+
+
+def samples_per_member(row_bytes: int, member_bytes: int) -> int:
+    """Samples that a member must hold to reach `member_bytes`."""
+    return max(1, -(-member_bytes // row_bytes))
+
+
+class Group:
+    """The arrays of the samples that share a tar member.
+
+    Args:
+        key: the webdataset key.
+        arrays: by name; the rows of sample i are `boundaries[name][i] : boundaries[name][i + 1]`.
+        boundaries: [n + 1] row numbers by name.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        arrays: Mapping[str, NDArray[Any]],
+        boundaries: Mapping[str, NDArray[np.integer] | Sequence[int]],
+    ) -> None:
+        self.key = key
+        self.arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        self.boundaries = boundaries
+
+
+def write_tar(directory: Path, name: str, groups: Sequence[Group]) -> tuple[int, str, str]:
+    """Writes a tar and its index, the index first, each complete or not at all.
+
+    The bytes are a pure function of the groups.
+
+    Returns:
+        size of the tar in bytes, sha256 of the tar, sha256 of the index.
+    """
+    arrays = sorted(groups[0].arrays)
+    index: list[tuple[tuple[int, int, int], ...]] = []
+    with atomic_writer(tar_path(directory, name)) as raw:
+        file = HashingFile(raw)
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for group in groups:
+                places = [_add_member(tar, group, array) for array in arrays]
+                index += zip(*places, strict=True)
+        with atomic_writer(index_path(directory, name)) as index_file:
+            np.lib.format.write_array(
+                index_file, np.array(index, dtype=index_dtype(arrays)), allow_pickle=False
+            )
+    return file.size, file.hexdigest(), sha256_file(index_path(directory, name))
+
+
+def _add_member(tar: tarfile.TarFile, group: Group, name: str) -> list[tuple[int, int, int]]:
+    """Adds one array of a group; the place of every sample's rows."""
+    array, boundaries = group.arrays[name], group.boundaries[name]
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    content = buffer.getbuffer()
+    member = tarfile.TarInfo(f"{group.key}.{name}.npy")
+    member.size = len(content)
+    member.mode = 0o644
+    first_byte = tar.offset + _BLOCK
+    header = len(content) - array.nbytes
+    row_bytes = array.strides[0]
+    places = []
+    for begin, end in itertools.pairwise(boundaries):
+        start, stop = header + int(begin) * row_bytes, header + int(end) * row_bytes
+        places.append((first_byte + start, stop - start, zlib.crc32(content[start:stop])))
+    tar.addfile(member, io.BytesIO(content))
+    return places
+
+
+def write_token_shard(
+    directory: Path, name: str, key_prefix: str, samples: Sequence[PackedSample], samples_per_member: int
+) -> ShardEntry:
+    """Writes one shard of packed samples.
+
+    Args:
+        key_prefix: begins the webdataset keys, which must be unique in the split; without a dot.
+    """
+    groups = []
+    for first in range(0, len(samples), samples_per_member):
+        members = samples[first : first + samples_per_member]
+        segments = np.concatenate([sample.segments for sample in members])
+        counts = [len(sample.segments) for sample in members]
+        segments[:, ROW] = np.repeat(np.arange(len(members)), counts)
+        groups.append(
+            Group(
+                f"{key_prefix}{first // samples_per_member:06d}",
+                {"tokens": np.stack([sample.tokens for sample in members]), "segments": segments},
+                {"tokens": range(len(members) + 1), "segments": np.cumsum([0, *counts])},
+            )
+        )
+    file_bytes, sha256, index_sha256 = write_tar(directory, name, groups)
+    segments = np.concatenate([sample.segments for sample in samples])
+    return ShardEntry(
+        name=name,
+        samples=len(samples),
+        tokens=sum(len(sample.tokens) for sample in samples),
+        real_tokens=int(segments[:, LENGTH].sum()),
+        documents=sum(sample.documents for sample in samples),
+        bytes=int(segments[:, NUM_BYTES].sum()),
+        file_bytes=file_bytes,
+        sha256=sha256,
+        index_sha256=index_sha256,
+    )
+
+
+class ShardReader:
+    """Reads single samples of one shard, checking every byte it returns. Safe to use from several threads.
+
+    Args:
+        arrays: names of the arrays in the tar.
+        samples: how many the manifest says there are.
+        file_bytes: size of the tar by the manifest.
+
+    Raises:
+        MissingShardError: the tar or its index is not there.
+        CorruptShardError: either has another size than the manifest says.
+    """
+
+    def __init__(
+        self, directory: Path, name: str, arrays: Sequence[str], samples: int, file_bytes: int
+    ) -> None:
+        self.path = tar_path(directory, name)
+        index = index_path(directory, name)
+        for path in (self.path, index):
+            if not path.is_file():
+                raise MissingShardError(
+                    f"{path}: listed in the manifest but not there; restore it or build again"
+                )
+        try:
+            # a plain view: indexing a memmap costs several times as much
+            self._index = np.asarray(np.load(index, mmap_mode="r", allow_pickle=False))
+        except (ValueError, EOFError, OSError) as error:
+            raise CorruptShardError(f"{index}: damaged index of shard {name}: {error}") from error
+        expected = index_dtype(sorted(arrays))
+        if self._index.dtype != expected or self._index.shape != (samples,):
+            raise CorruptShardError(
+                f"{index}: stale or damaged index of shard {name}: {self._index.shape} rows where the "
+                f"manifest says {samples} samples"
+            )
+        self._file = os.open(self.path, os.O_RDONLY)
+        self._file_bytes = os.fstat(self._file).st_size
+        if self._file_bytes != file_bytes:
+            raise CorruptShardError(
+                f"{self.path}: {self._file_bytes} bytes where the manifest says {file_bytes}: cut or replaced"
+            )
+
+    def __del__(self) -> None:  # closed when the last thread lets go of it, never under a running pread
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def read(self, array: str, samples: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
+        """The bytes of these samples' rows of `array`, one string a sample.
+
+        Raises:
+            CorruptShardError: they are not the bytes that were written; names the first such sample.
+        """
+        rows = []
+        # tolist() turns the whole selection into Python numbers at once
+        places = self._index[array][np.asarray(samples)].tolist()
+        for position, (offset, size, crc) in enumerate(places):
+            data = os.pread(self._file, size, offset) if offset + size <= self._file_bytes else b""
+            if len(data) != size or zlib.crc32(data) != crc:
+                raise CorruptShardError(
+                    f"{self.path}: sample {samples[position]} is damaged: its {array} do not match the index "
+                    "(crc32); run 'python -m data_pipeline verify' on the directory and restore or rebuild "
+                    "the shard"
+                )
+            rows.append(data)
+        return rows

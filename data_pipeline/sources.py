@@ -1,0 +1,307 @@
+"""Where documents come from. A source is cut into units (files) that are built one by one, or in parallel."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import fsspec  # type: ignore[import-untyped]
+
+from data_pipeline import python_docs
+from data_pipeline.config import DataConfig, HubSource, JsonlSource, ParquetSource, PythonDocsSource
+from data_pipeline.errors import SourceError
+from data_pipeline.files import sha256_file, sha256_json
+
+_ROWS_AT_A_TIME = 1024
+
+
+class Document(NamedTuple):
+    """One document and the split that it belongs to."""
+
+    id: str
+    text: str
+    split: str
+
+
+class Source(Protocol):
+    """Text in units whose documents always come in the same order."""
+
+    def units(self) -> Sequence[str]:
+        """Names of the units, in their order. Raises SourceError if there are none."""
+        ...
+
+    def read(self, unit: int) -> Iterator[Document]:
+        """The documents of one unit."""
+        ...
+
+    def identity(self) -> str:
+        """Hash of the source as it lies there, without reading more than it must."""
+        ...
+
+    def content(self) -> tuple[dict[str, Any], str]:
+        """Description for the manifest, and hash of the content."""
+        ...
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that the configuration asks for."""
+    match config.source:
+        case PythonDocsSource():
+            return _PythonDocs(config.source)
+        case ParquetSource():
+            return _ParquetFiles(config.source, config.split_fractions)
+        case JsonlSource():
+            return _JsonlFiles(config.source, config.split_fractions)
+        case HubSource():
+            return _HubDataset(config.source, config.split_fractions)
+
+
+def split_of(document_id: str, fractions: tuple[float, float]) -> str:
+    """The split of a document by a hash of its id: the same in every dataset, whatever the order of the rows.
+
+    Args:
+        fractions: shares for validation and test.
+    """
+    validation, test = fractions
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8, key=b"split").digest()
+    place = int.from_bytes(digest, "little") / 2**64
+    if place < test:
+        return "test"
+    return "validation" if place < test + validation else "train"
+
+
+class _PythonDocs:
+    def __init__(self, config: PythonDocsSource) -> None:
+        self._config = config
+        self._read: tuple[list[python_docs.Docstring], dict[str, Any], str] | None = None
+
+    def _result(self) -> tuple[list[python_docs.Docstring], dict[str, Any], str]:
+        if self._read is None:
+            self._read = python_docs.read_docstrings(self._config.min_characters)
+        return self._read
+
+    def units(self) -> Sequence[str]:
+        return ("python-docs",)
+
+    def read(self, unit: int) -> Iterator[Document]:
+        return (Document(*document) for document in self._result()[0])
+
+    def identity(self) -> str:
+        return python_docs.identity()
+
+    def content(self) -> tuple[dict[str, Any], str]:
+        return self._result()[1:]
+
+
+class _Rows:
+    """Turns rows with FineWeb's columns into documents."""
+
+    def __init__(
+        self, config: ParquetSource | JsonlSource | HubSource, fractions: tuple[float, float]
+    ) -> None:
+        self._config = config
+        self._fractions = fractions
+        self.columns = [config.text_field, config.id_field]
+        if config.languages is not None:
+            self.columns.append("language")
+        if config.min_language_score > 0:
+            self.columns.append("language_score")
+
+    def document(self, row: dict[str, Any], place: str) -> Document | None:
+        """The document in a row, None if it is filtered out. The hash of the text stands in for no id."""
+        config = self._config
+        text = row.get(config.text_field)
+        if not isinstance(text, str):
+            raise SourceError(
+                f"{place}: no text under {config.text_field!r}; it has {', '.join(map(str, row))}. Set "
+                "source.text_field"
+            )
+        if not text.isascii():
+            text = text.encode(
+                "utf-8", "replace"
+            ).decode()  # lone surrogates, which JSON can spell, are no text
+        if len(text) < config.min_characters:
+            return None
+        if config.languages is not None and row.get("language") not in config.languages:
+            return None
+        if config.min_language_score > 0 and (row.get("language_score") or 0) < config.min_language_score:
+            return None
+        identifier = row.get(config.id_field)
+        if identifier is None:
+            identifier = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        identifier = str(identifier)
+        return Document(identifier, text, split_of(identifier, self._fractions))
+
+
+class _Files:
+    """What parquet and jsonl files share."""
+
+    def __init__(self, config: ParquetSource | JsonlSource, fractions: tuple[float, float]) -> None:
+        self._config = config
+        self._rows = _Rows(config, fractions)
+        self._paths: list[str] | None = None
+        self._hashes: list[str] | None = None
+
+    def units(self) -> Sequence[str]:
+        if self._paths is None:
+            self._paths = _expand(self._config.paths)
+        return self._paths
+
+    def identity(self) -> str:
+        if self._hashes is None:
+            self._hashes = [_hash_file(path) for path in self.units()]
+        return sha256_json(self._hashes)
+
+    def content(self) -> tuple[dict[str, Any], str]:
+        identity = self.identity()
+        assert self._hashes is not None
+        files = [
+            {"path": path, "hash": hashed} for path, hashed in zip(self.units(), self._hashes, strict=True)
+        ]
+        return {"files": files}, identity
+
+
+class _ParquetFiles(_Files):
+    def read(self, unit: int) -> Iterator[Document]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.units()[unit]
+        try:
+            with fsspec.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
+                names = set(file.schema_arrow.names)
+                needed = [name for name in self._rows.columns if name != self._config.id_field]
+                if missing := [name for name in needed if name not in names]:
+                    raise SourceError(
+                        f"{path}: no column {', '.join(missing)}; it has {', '.join(sorted(names))}. "
+                        "Set source.text_field, or drop the filter"
+                    )
+                columns = [name for name in self._rows.columns if name in names]
+                for group in range(file.num_row_groups):
+                    for batch in file.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
+                        for row in batch.to_pylist():
+                            document = self._rows.document(row, f"{path}, row group {group}")
+                            if document is not None:
+                                yield document
+        except pa.ArrowInvalid as error:
+            raise SourceError(f"{path}: not readable as parquet: {error}") from error
+
+
+class _JsonlFiles(_Files):
+    def read(self, unit: int) -> Iterator[Document]:
+        path = self.units()[unit]
+        with fsspec.open(path, "rb", compression="infer") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise SourceError(f"{path}, line {number}: not readable as JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise SourceError(f"{path}, line {number}: a JSON object is needed on every line")
+                document = self._rows.document(row, f"{path}, line {number}")
+                if document is not None:
+                    yield document
+
+
+class _HubDataset:
+    def __init__(self, config: HubSource, fractions: tuple[float, float]) -> None:
+        self._config = config
+        self._rows = _Rows(config, fractions)
+        self._dataset: Any = None
+
+    def _open(self) -> Any:
+        if self._dataset is None:
+            from datasets import load_dataset
+
+            config = self._config
+            try:
+                dataset = load_dataset(
+                    config.path, config.name, split=config.split, revision=config.revision, streaming=True
+                )
+            except Exception as error:  # the hub's client raises many kinds, of several libraries
+                raise SourceError(
+                    f"the dataset {config.path!r} ({config.name}, split {config.split}) cannot be opened: "
+                    f"{error}. "
+                    "Without a network, use source.kind=parquet with downloaded files, or "
+                    "source.kind=python-docs"
+                ) from error
+            columns = dataset.column_names
+            if columns is not None:
+                dataset = dataset.select_columns([name for name in self._rows.columns if name in columns])
+            self._dataset = dataset
+        return self._dataset
+
+    def units(self) -> Sequence[str]:
+        return [f"{self._config.path}/{index}" for index in range(self._open().num_shards)]
+
+    def read(self, unit: int) -> Iterator[Document]:
+        dataset = self._open()
+        for row in dataset.shard(num_shards=dataset.num_shards, index=unit):
+            document = self._rows.document(row, f"{self._config.path}, part {unit}")
+            if document is not None:
+                yield document
+
+    def _commit(self) -> str:
+        if Path(self._config.path).is_dir():
+            files = sorted(path for path in Path(self._config.path).rglob("*") if path.is_file())
+            return sha256_json([sha256_file(path) for path in files])
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().dataset_info(self._config.path, revision=self._config.revision)
+        except Exception as error:
+            raise SourceError(
+                f"the hub cannot be asked for the commit of {self._config.path!r}: {error}. Without a "
+                "network, use source.kind=parquet with downloaded files, or source.kind=python-docs"
+            ) from error
+        return str(info.sha)
+
+    def identity(self) -> str:
+        return sha256_json([self._config.path, self._config.name, self._config.split, self._commit()])
+
+    def content(self) -> tuple[dict[str, Any], str]:
+        return {
+            "path": self._config.path,
+            "name": self._config.name,
+            "commit": self._commit(),
+        }, self.identity()
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path and "::" not in path
+
+
+def _expand(patterns: Sequence[str]) -> list[str]:
+    """The files behind paths and patterns, each once, in the order of the patterns and by name inside one."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if _is_local(pattern):
+            magic = glob.has_magic(pattern)
+            paths = sorted(glob.glob(pattern, recursive=True)) if magic else [pattern]  # noqa: PTH207
+            paths = [path for path in paths if Path(path).is_file()]
+        elif glob.has_magic(pattern):
+            filesystem, path = fsspec.core.url_to_fs(pattern)
+            paths = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+        else:
+            paths = [pattern]
+        if not paths:
+            raise SourceError(f"source.paths: no file matches {pattern!r}")
+        found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def _hash_file(path: str) -> str:
+    """sha256 of a local file; of the store's own description (size, etag, time) of a remote one."""
+    if _is_local(path):
+        return sha256_file(Path(path))
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    try:
+        return sha256_json([filesystem.size(inner), str(filesystem.checksum(inner))])
+    except FileNotFoundError as error:
+        raise SourceError(f"source.paths: {path!r} does not exist") from error

@@ -1,0 +1,125 @@
+"""Reading everything again: every hash, every count, and every sample as the loader reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.codes import CODE_ARRAYS, CODE_MANIFEST_NAME, load_code_manifest
+from data_pipeline.dataset import TOKEN_ARRAYS
+from data_pipeline.errors import DatasetError
+from data_pipeline.files import sha256_file
+from data_pipeline.manifest import Manifest, ShardEntry, load_manifest
+from data_pipeline.packing import DOCUMENT, LENGTH, NUM_BYTES, PHASE, SEGMENT_COLUMNS, START
+from data_pipeline.progress import Progress
+from data_pipeline.shards import ShardReader, index_path, tar_path
+from data_pipeline.tokenizer import tokenizer_hash
+
+
+def verify(directory: str | Path) -> list[str]:
+    """All damage in a directory of token shards or of codes, one line each; empty if it is sound.
+
+    Raises:
+        NotADatasetError, FormatVersionError, CorruptShardError: there is no usable manifest to check against.
+    """
+    root = Path(directory)
+    damage: list[str] = []
+    if (root / CODE_MANIFEST_NAME).is_file():
+        codes = load_code_manifest(root)
+        entries = [(root / split, shard) for split, shards in codes.splits.items() for shard in shards]
+        with Progress("verifying", "shards", len(entries)) as progress:
+            for folder, shard in entries:
+                found = list(_hash_damage(folder, shard.name, shard.sha256, shard.index_sha256))
+                if found:
+                    found += _unreadable(folder, shard.name, CODE_ARRAYS, shard.samples, shard.file_bytes)
+                damage += found
+                progress.update()
+        return damage
+    manifest = load_manifest(root)
+    damage += _tokenizer_damage(root, manifest)
+    tokens = [(root / split, shard) for split, entry in manifest.splits.items() for shard in entry.shards]
+    with Progress("verifying", "shards", len(tokens)) as progress:
+        for folder, entry in tokens:
+            found = list(_hash_damage(folder, entry.name, entry.sha256, entry.index_sha256))
+            # the single samples are looked for only where the hash says that there is something to find
+            if found:
+                found += _unreadable(folder, entry.name, TOKEN_ARRAYS, entry.samples, entry.file_bytes)
+            else:
+                found += _count_damage(folder, entry, manifest)
+            damage += found
+            progress.update()
+    for split in manifest.splits:
+        listed = {
+            path(root / split, e.name)
+            for e in manifest.splits[split].shards
+            for path in (tar_path, index_path)
+        }
+        folder = root / split
+        strangers = sorted(set(folder.iterdir()) - listed) if folder.is_dir() else []
+        damage += [f"{path}: not in the manifest" for path in strangers]
+    return damage
+
+
+def _tokenizer_damage(root: Path, manifest: Manifest) -> Iterator[str]:
+    folder = root / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        yield f"{folder}: no tokenizer.json"
+    elif tokenizer_hash(folder, manifest.eos_token_id, manifest.pad_token_id) != manifest.tokenizer_sha256:
+        yield f"{folder}: not the tokenizer that the shards were made with (sha256)"
+
+
+def _hash_damage(folder: Path, name: str, sha256: str, index_sha256: str) -> Iterator[str]:
+    for path, expected in ((tar_path(folder, name), sha256), (index_path(folder, name), index_sha256)):
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif sha256_file(path) != expected:
+            yield f"{path}: damaged, swapped or cut (sha256)"
+
+
+def _unreadable(
+    folder: Path, name: str, arrays: tuple[str, ...], samples: int, file_bytes: int
+) -> Iterator[str]:
+    """Which samples of a damaged shard are hit."""
+    try:
+        reader = ShardReader(folder, name, arrays, samples, file_bytes)
+    except DatasetError as error:
+        yield str(error)
+        return
+    hit = []
+    for sample in range(samples):
+        try:
+            for array in arrays:
+                reader.read(array, [sample])
+        except DatasetError:
+            hit.append(sample)
+    if hit:
+        shown = ", ".join(map(str, hit[:10])) + (", ..." if len(hit) > 10 else "")
+        yield f"{tar_path(folder, name)}: {len(hit)} of {samples} samples cannot be read: {shown}"
+
+
+def _count_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
+    """Counts of a shard whose bytes are sound, and the rules that its segments keep."""
+    reader = ShardReader(folder, entry.name, TOKEN_ARRAYS, entry.samples, entry.file_bytes)
+    real_tokens = num_bytes = 0
+    dtype, grid = np.dtype(manifest.token_dtype), manifest.document_grid
+    for sample in range(entry.samples):
+        tokens = np.frombuffer(reader.read("tokens", [sample])[0], dtype=dtype)
+        rows = reader.read("segments", [sample])[0]
+        segments = np.frombuffer(rows, dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS))
+        starts, ends = segments[:, START], segments[:, START] + segments[:, LENGTH]
+        on_grid = ((starts - segments[:, PHASE]) % grid == 0).all()
+        apart = (starts[1:] // grid >= -(-ends[:-1] // grid)).all() and (
+            np.diff(segments[:, DOCUMENT]) > 0
+        ).all()
+        inside = len(tokens) == manifest.sample_length and (ends <= len(tokens)).all()
+        if not (on_grid and apart and inside) or tokens.max(initial=0) >= manifest.vocab_size:
+            yield f"{tar_path(folder, entry.name)}: sample {sample} breaks the rules of the format"
+        real_tokens += int(segments[:, LENGTH].sum())
+        num_bytes += int(segments[:, NUM_BYTES].sum())
+    if (real_tokens, num_bytes) != (entry.real_tokens, entry.bytes):
+        yield (
+            f"{tar_path(folder, entry.name)}: {real_tokens} tokens of {num_bytes} bytes where the manifest "
+            f"says {entry.real_tokens} of {entry.bytes}"
+        )

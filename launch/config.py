@@ -1,0 +1,387 @@
+"""The run configuration: each package's own section plus training, tracking, evaluation and benchmark.
+
+    config = load_config("configs/tiny.yaml", stage="rqvae", overrides=["train.steps=200"])
+
+Free of torch, so that submitting a job stays light.
+
+Which value wins for a training setting of stage S: a command-line override `train.x=v`, then `stages.S.x`
+(file or override), then `train.x` of the file, then the default documented here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import Field, ValidationError
+
+from data_pipeline.config import DataConfig
+from data_pipeline.yaml_config import ConfigError, apply_overrides, merge, read_yaml, validate
+from rqvae.config import RQTransformerShape, RQVAEConfig, StrictModel
+
+Stage = Literal["base_lm", "rqvae", "rq_transformer", "joint"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+_ARCHITECTURE = "codec.backbone.architecture"
+# Settings of the codec's two-phase training; the other stages have one phase.
+_CODEC_ONLY = ("frozen_steps", "switch_warmup_steps", "quantizer_warmup_steps")
+_CODEC_STAGES = ("rqvae", "joint")
+
+
+class TrainConfig(StrictModel):
+    """One stage's training. `train:` holds the values for every stage, `stages.S:` those that differ in S."""
+
+    steps: int = Field(default=1000, gt=0)
+    """Optimizer steps of the stage in all, the frozen phase included."""
+    frozen_steps: int = Field(default=0, ge=0)
+    """Steps of phase one of the codec, in which the backbones' weights stay as they are while everything
+    above and below them learns. Between 0 (no such phase) and `steps`."""
+    quantizer_warmup_steps: int = Field(default=0, ge=0)
+    """First steps of the codec's training without quantization; k-means then initialises the codebooks.
+    About a quarter of `steps` gave the best reconstruction at small scale. 0: on the first batch."""
+
+    global_batch_size: int = Field(default=8, gt=0)
+    """Samples per optimizer step over all ranks. The world size does not change it."""
+    micro_batch_size: int = Field(default=1, gt=0)
+    """Samples per rank in one forward pass. Gradients accumulate over
+    global_batch_size / (micro_batch_size * world size) passes, which must be a whole number."""
+
+    learning_rate: float = Field(default=3e-4, gt=0, lt=1)
+    """Peak learning rate of AdamW for new layers."""
+    backbone_learning_rate_ratio: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of the backbone's weights over `learning_rate`. Below 1 for a pretrained backbone."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step over the peak."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps over which the learning rate rises linearly from 0 at the start of the stage. At most `steps`."""
+    switch_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the backbone's learning rate rises from 0 when it is unfrozen, since Adam's moments
+    of these weights start at zero there. At most `steps` - `frozen_steps`."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine falls to the minimum, wsd (warm-up, stable, decay) stays at the peak and
+    falls linearly over the last `wsd_decay_fraction` of the steps, constant stays."""
+    wsd_decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of `steps` over which the wsd schedule decays. Used by `schedule: wsd` only."""
+    weight_decay: float = Field(default=0.1, ge=0, lt=1)
+    """Decoupled weight decay per step, times the learning rate; matrices only, not norms or embeddings."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of Adam's first moment per step."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of Adam's second moment per step."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest global L2 norm of the gradient. 0 does not clip."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass. auto: bf16 where the hardware multiplies it natively,
+    otherwise fp32 with a warning. Master weights, optimizer and codebooks are fp32 in every case."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """What DeepSpeed splits over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    param_persistence_threshold: int = Field(default=100_000, ge=0)
+    """ZeRO-3 keeps parameters with fewer elements whole on every rank. 0 splits everything."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer state lives if not on the accelerator. Needs zero_stage 1 or more, nvme needs 3."""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Where the weights' shards live when not on the accelerator. Needs zero_stage 3."""
+    nvme_path: str | None = None
+    """Directory on a local NVMe disk for anything offloaded to nvme."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory for about a third more compute."""
+
+    log_every: int = Field(default=10, gt=0)
+    """Optimizer steps between two training lines in metrics.jsonl."""
+    eval_every: int = Field(default=200, gt=0)
+    """Optimizer steps between two validations. The last step is always validated."""
+    eval_samples: int = Field(default=64, gt=0)
+    """Samples of the validation split per validation, over all ranks."""
+    checkpoint_every: int = Field(default=200, gt=0)
+    """Optimizer steps between two checkpoints. The last step is always saved."""
+    keep_last: int = Field(default=2, gt=0)
+    """Number of newest complete checkpoints that are kept."""
+    num_workers: int = Field(default=1, ge=0)
+    """Threads or processes per rank that read data ahead. 0 reads in the training loop."""
+    max_time_s: float | None = Field(default=None, gt=0)
+    """Seconds after which the run saves a checkpoint and stops, to be continued later. Null: no limit."""
+
+
+class StagesConfig(StrictModel):
+    """What differs from `train` in each stage. A stage without settings uses `train` as it is."""
+
+    base_lm: TrainConfig = TrainConfig()
+    """Autoregressive baseline, and at small scale the pretrained backbone of the codec."""
+    rqvae: TrainConfig = TrainConfig()
+    """The codec."""
+    rq_transformer: TrainConfig = TrainConfig()
+    """The latent model, on the codes of a finished codec."""
+    joint: TrainConfig = TrainConfig()
+    """Codec and latent model together."""
+
+
+class TrackingConfig(StrictModel):
+    """Weights & Biases, a mirror of metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a login (WANDB_API_KEY or netrc), else offline, to be sent later by `wandb sync`.
+    Logins are never read from this file."""
+    project: str = Field(default="rqvae-text", min_length=1)
+    """Project the runs are listed under."""
+    entity: str | None = None
+    """User or team that owns the project. Null: the login's default."""
+
+
+class EvaluationConfig(StrictModel):
+    """What launch/eval.py measures on the test split."""
+
+    max_samples: int | None = Field(default=None, gt=0)
+    """Test samples to evaluate, from the start of the split. Null: all."""
+    batch_size: int = Field(default=8, gt=0)
+    """Samples per forward pass."""
+    num_reconstructions: int = Field(default=4, ge=0)
+    """Samples shown in the report with their reconstruction."""
+    prompts: tuple[str, ...] = ("Return the", "Raised when", "This function")
+    """Prompts continued by the latent model and by the base LM, side by side in the report."""
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Tokens of each continuation."""
+
+
+class BenchmarkConfig(StrictModel):
+    """What launch/benchmark.py measures for the report."""
+
+    batch_size: int = Field(default=1, gt=0)
+    """Sequences decoded at once."""
+    prompt_tokens: int = Field(default=32, gt=0)
+    """Tokens of the prompt, not counted in the speed."""
+    new_tokens: int = Field(default=128, gt=0)
+    """Tokens generated and kept per sequence, the same for every row of the table."""
+    repeats: int = Field(default=5, gt=0)
+    """Timed repetitions; the median is reported."""
+
+
+class RunConfig(StrictModel):
+    """Everything that one run depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run's directory under `run_root`: letters, digits, dots, hyphens and underscores."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of initialisation, sample order and everything drawn at random in training."""
+    run_root: str = "runs"
+    """Directory that the run directories are created in, relative to where the command is started."""
+    stage: Stage | None = None
+    """The stage that `train` is for. Set by `--stage`; a run directory's config.yaml carries it."""
+    data: DataConfig
+    codec: RQVAEConfig
+    latent_model: RQTransformerShape = RQTransformerShape()
+    train: TrainConfig = TrainConfig()
+    """With a stage chosen: the settings of that stage."""
+    stages: StagesConfig = StagesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    def for_stage(self, stage: Stage) -> RunConfig:
+        """A copy with `stage` set and `train` merged for it."""
+        section: TrainConfig = getattr(self.stages, stage)
+        train = self.train.model_copy(update=section.model_dump(exclude_unset=True))
+        return self.model_copy(update={"stage": stage, "train": train})
+
+    def to_yaml(self) -> str:
+        """YAML that `load_config` reads back to an equal configuration.
+
+        With a stage chosen the text describes that stage only, without the `stages` section.
+        """
+        values = self.model_dump(mode="json", exclude={"stages"})
+        if self.stage is None:
+            values["stages"] = {
+                name: getattr(self.stages, name).model_dump(mode="json", exclude_unset=True)
+                for name in STAGES
+            }
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, stage: Stage | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, compose and check a run configuration.
+
+    Args:
+        path: YAML file, with `extends: parent.yaml` if it has one parent.
+        stage: the stage to train; `train` of the result is merged for it.
+        overrides: `a.b=value`, applied in order over the file; the value is parsed as YAML. A path of an
+            architecture file given in this way is relative to the working directory.
+
+    Raises:
+        ConfigError: a ValueError that lists every mistake with its dotted path.
+    """
+    values = read_yaml(path, inline=(_ARCHITECTURE,))
+    source = f"{path} with overrides" if overrides else str(path)
+    values = _inline_architecture(apply_overrides(_without_overridden(values, overrides), overrides))
+    written_for = values.get("stage")
+    if stage is not None and written_for is not None and stage != written_for:
+        raise ConfigError(
+            source,
+            [
+                f"stage: this file holds the settings of {written_for} only; "
+                f"for {stage} use the file it was made from"
+            ],
+        )
+    mistakes: list[str] = []
+    config: RunConfig | None = None
+    try:
+        config = validate(RunConfig, values, source)
+    except ConfigError as error:
+        mistakes += error.mistakes
+    mistakes += _mistakes_across_fields(values, stage)
+    if config is None or mistakes:
+        raise ConfigError(source, mistakes)
+    return config if stage is None or written_for is not None else config.for_stage(stage)
+
+
+def check_world_size(config: RunConfig, world_size: int) -> int:
+    """Gradient accumulation steps of `config.train` on `world_size` ranks.
+
+    Raises:
+        ConfigError: the global batch is not a whole number of micro-batches on every rank.
+    """
+    train = config.train
+    per_pass = train.micro_batch_size * world_size
+    if train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"{config.name} on {world_size} ranks",
+            [
+                f"train.global_batch_size: {train.global_batch_size} samples cannot be split into passes of "
+                f"{per_pass} (micro_batch_size {train.micro_batch_size} x {world_size} ranks); "
+                f"use a multiple of {per_pass}, or another micro_batch_size or number of ranks"
+            ],
+        )
+    return train.global_batch_size // per_pass
+
+
+def _without_overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` without the stages' own settings of what a `train.x=v` override sets for all stages."""
+    names = {
+        parts[1]
+        for parts in (o.partition("=")[0].strip().split(".") for o in overrides)
+        if len(parts) == 2 and parts[0] == "train"
+    }
+    sections = values.get("stages")
+    if not names or not isinstance(sections, Mapping):
+        return dict(values)
+    kept = {
+        stage: {k: v for k, v in section.items() if k not in names}
+        if isinstance(section, Mapping)
+        else section
+        for stage, section in sections.items()
+    }
+    return {**values, "stages": kept}
+
+
+def _inline_architecture(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace an architecture path that came from an override by the file's content."""
+    node: Any = values
+    for name in _ARCHITECTURE.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    if not isinstance(node, str):
+        return values
+    return merge(values, {"codec": {"backbone": {"architecture": read_yaml(node)}}})
+
+
+def _section(model: type[StrictModel], values: Any) -> Any:
+    """`values` as `model`, or None where they are not valid by themselves (reported elsewhere)."""
+    try:
+        return model.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> list[str]:
+    """Mistakes between fields that are valid one by one; sections with mistakes of their own are left out."""
+    data: DataConfig | None = _section(DataConfig, values.get("data"))
+    codec: RQVAEConfig | None = _section(RQVAEConfig, values.get("codec"))
+    mistakes: list[str] = []
+    if data is not None and codec is not None:
+        mistakes += _mistakes_of_data_and_codec(data, codec)
+
+    train_values = values.get("train") or {}
+    sections = values.get("stages") or {}
+    if not isinstance(train_values, Mapping) or not isinstance(sections, Mapping):
+        return mistakes
+    chosen = stage or values.get("stage")
+    # With a stage chosen, the others are not going to run: an override of steps may not suit them.
+    stages = [chosen] if chosen in STAGES else [name for name in STAGES if name in sections]
+    for name in stages:
+        section = sections.get(name) or {}
+        if not isinstance(section, Mapping):
+            continue
+        train = _section(TrainConfig, {**train_values, **section})
+        if train is not None:
+            mistakes += _mistakes_of_training(train, name, section)
+    return list(dict.fromkeys(mistakes))
+
+
+def _mistakes_of_data_and_codec(data: DataConfig, codec: RQVAEConfig) -> Iterator[str]:
+    factor = codec.compression_factor
+    architecture = codec.backbone.architecture
+    if data.sample_length % factor:
+        yield (
+            f"data.sample_length: {data.sample_length} tokens do not divide into chunks of "
+            f"codec.compression_factor={factor}; use a multiple of {factor}"
+        )
+    if data.document_grid % factor:
+        yield (
+            f"data.document_grid: {data.document_grid} is not a multiple of "
+            f"codec.compression_factor={factor}, so a chunk could hold two documents; "
+            f"use a multiple of {factor}"
+        )
+    if data.sample_length > architecture.max_position_embeddings:
+        yield (
+            f"data.sample_length: {data.sample_length} exceeds {_ARCHITECTURE}.max_position_embeddings="
+            f"{architecture.max_position_embeddings}"
+        )
+    trained_vocabulary = getattr(data.tokenizer, "vocab_size", None)
+    if trained_vocabulary is not None and trained_vocabulary > architecture.vocab_size:
+        yield (
+            f"data.tokenizer.vocab_size: {trained_vocabulary} tokens do not fit into the "
+            f"{architecture.vocab_size} embeddings of {_ARCHITECTURE}.vocab_size"
+        )
+
+
+def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str, Any]) -> Iterator[str]:
+    def where(name: str) -> str:
+        return f"stages.{stage}.{name}" if name in section else f"train.{name}"
+
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"{where('global_batch_size')}: {train.global_batch_size} is not a multiple of "
+            f"micro_batch_size={train.micro_batch_size}"
+        )
+    if train.warmup_steps > train.steps:
+        yield f"{where('warmup_steps')}: {train.warmup_steps} exceeds steps={train.steps}"
+    if stage in _CODEC_STAGES:
+        for name in ("frozen_steps", "quantizer_warmup_steps"):
+            if getattr(train, name) > train.steps:
+                yield f"{where(name)}: {getattr(train, name)} exceeds steps={train.steps}"
+        if train.frozen_steps + train.switch_warmup_steps > max(train.steps, train.frozen_steps):
+            yield (
+                f"{where('switch_warmup_steps')}: {train.switch_warmup_steps} exceeds the "
+                f"{train.steps - train.frozen_steps} steps after the frozen phase"
+            )
+    else:
+        for name in _CODEC_ONLY:
+            if section.get(name):
+                yield f"stages.{stage}.{name}: has an effect in {' and '.join(_CODEC_STAGES)} only; remove it"
+    if train.precision == "bf16" and train.zero_stage == 0:
+        yield (
+            f"{where('zero_stage')}: 0 keeps no fp32 master weights with precision bf16; "
+            "use zero_stage 1 or more, or precision fp32"
+        )
+    yield from _mistakes_of_offloading(train, where)
+
+
+def _mistakes_of_offloading(train: TrainConfig, where: Callable[[str], str]) -> Iterator[str]:
+    if train.offload_param != "none" and train.zero_stage != 3:
+        yield f"{where('offload_param')}: {train.offload_param} needs zero_stage 3, not {train.zero_stage}"
+    if train.offload_optimizer == "cpu" and train.zero_stage == 0:
+        yield f"{where('offload_optimizer')}: cpu needs zero_stage 1, 2 or 3, not 0"
+    if train.offload_optimizer == "nvme" and train.zero_stage != 3:
+        yield f"{where('offload_optimizer')}: nvme needs zero_stage 3, not {train.zero_stage}"
+    if "nvme" in (train.offload_param, train.offload_optimizer) and train.nvme_path is None:
+        yield f"{where('nvme_path')}: missing; name a directory on a local NVMe disk to offload to"

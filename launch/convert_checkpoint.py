@@ -1,0 +1,88 @@
+"""Turn a training checkpoint into a model directory.
+
+    python launch/convert_checkpoint.py runs/tiny/rqvae runs/tiny/model/rqvae --to safetensors
+
+SRC is a run directory (its newest complete checkpoint is taken) or one checkpoint in it. The result loads with
+`from_pretrained`; a base LM becomes a plain Hugging Face directory. The tokenizer is written beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_pipeline import load_tokenizer
+from launch import checkpoints, tasks
+from launch.config import load_config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC", help="run directory or checkpoint")
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
+    parser.add_argument("--to", required=True, choices=["safetensors"], help="format of the result")
+    args = parser.parse_args(arguments)
+    try:
+        to_safetensors(args.source, args.destination)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Model: {args.destination}")
+    return 0
+
+
+def to_safetensors(source: Path, destination: Path) -> None:
+    """Consolidate a checkpoint into a model directory and check what was written.
+
+    Raises:
+        ValueError: no complete checkpoint, or the destination exists with other content.
+    """
+    run_directory, checkpoint = locate(source)
+    if destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"'{destination}' is not empty; remove it or choose another directory")
+    config = load_config(run_directory / "config.yaml")
+    task = tasks.TASKS[config.stage](config)  # type: ignore[index]
+    model = task.create_model()
+    tasks.load_state(model, checkpoints.consolidated_state(checkpoint), checkpoint.directory)
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    verify(model, task.load_model(partial))
+    partial.replace(destination)
+    load_tokenizer(config.data.directory).save_pretrained(destination.parent / "tokenizer")
+
+
+def locate(source: Path) -> tuple[Path, checkpoints.Checkpoint]:
+    """The run directory and the checkpoint that `source` means.
+
+    Raises:
+        ValueError: it is neither, or nothing in it is complete.
+    """
+    if (source / "config.yaml").is_file():
+        return source, checkpoints.require_newest(source / "checkpoints")
+    run_directory = source.parent.parent
+    if not (run_directory / "config.yaml").is_file():
+        raise ValueError(f"'{source}' is neither a run directory nor a checkpoint in one")
+    for checkpoint in checkpoints.find_complete(source.parent):
+        if checkpoint.directory == source:
+            return run_directory, checkpoint
+    raise ValueError(f"'{source}' is not a complete checkpoint; the newest complete one is found by naming "
+                     f"'{run_directory}' instead")
+
+
+def verify(written: nn.Module, read: nn.Module) -> None:
+    """Every tensor reads back as it was written."""
+    expected = written.state_dict()
+    for name, tensor in read.state_dict().items():
+        if not torch.equal(tensor, expected[name]):
+            raise RuntimeError(f"'{name}' reads back with other values than were written; is the disk sound?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Processes, precision, optimizer and the DeepSpeed engine."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# DeepSpeed picks its accelerator on import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# It compiles its operators with the `ninja` installed beside this interpreter, activated environment or not.
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+
+import deepspeed  # noqa: E402
+
+from launch.config import TrainConfig  # noqa: E402
+from launch.deepspeed_config import deepspeed_config  # noqa: E402
+
+
+def start_process_group() -> tuple[int, int, torch.device]:
+    """Join the other processes, however they were started: `deepspeed`, `torchrun`, `srun`, or alone.
+
+    Returns:
+        rank, world size, and this process's device.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def stop_process_group() -> None:
+    """Leave together, so that no rank tears the connection down under another."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def multiplies_bf16() -> bool:
+    """The hardware multiplies bf16 natively. Elsewhere torch emulates it (9x slower than fp32 on AVX2)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(wanted: str, rank: int = 0) -> Literal["bf16", "fp32"]:
+    """`auto` as what this machine does well; the others as they are."""
+    if wanted == "auto":
+        if multiplies_bf16():
+            return "bf16"
+        if rank == 0:
+            warnings.warn(
+                "train.precision: auto means fp32 here, because this hardware has no bf16 arithmetic; "
+                "set train.precision=bf16 to emulate it, slowly",
+                stacklevel=2,
+            )
+        return "fp32"
+    return "bf16" if wanted == "bf16" else "fp32"
+
+
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """Learning rate over its peak at a step: linear warm-up, then the schedule."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    low = train.min_learning_rate_ratio
+    if train.schedule == "constant":
+        return 1.0
+    if train.schedule == "cosine":
+        done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    decay_steps = max(1, round(train.wsd_decay_fraction * train.steps))
+    return low + (1 - low) * min(1.0, (train.steps - step) / decay_steps)
+
+
+def parameter_groups(
+    model: nn.Module, backbone: Iterable[nn.Parameter], train: TrainConfig
+) -> list[dict[str, Any]]:
+    """AdamW groups of all trainable parameters: backbone or new, with or without weight decay.
+
+    Matrices decay; norms, biases, embeddings and single vectors do not.
+    """
+    backbone_ids = {id(parameter) for parameter in backbone}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and id(parameter) not in embeddings
+            groups.setdefault((id(parameter) in backbone_ids, decays), []).append(parameter)
+    return [
+        {
+            "name": ("backbone" if is_backbone else "new") + ("" if decays else "_no_decay"),
+            "params": parameters,
+            "weight_decay": train.weight_decay if decays else 0.0,
+        }
+        for (is_backbone, decays), parameters in sorted(groups.items())
+    ]
+
+
+def set_learning_rates(engine: deepspeed.DeepSpeedEngine, train: TrainConfig, step: int, phase_start: int) -> float:
+    """Set every group's learning rate for `step` (a pure function of it); returns that of new layers."""
+    rate = train.learning_rate * learning_rate_factor(train, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+        if group["name"].startswith("backbone"):
+            group["lr"] *= train.backbone_learning_rate_ratio
+            # Adam's moments of the backbone start at zero when it is unfrozen.
+            if phase_start and step < phase_start + train.switch_warmup_steps:
+                group["lr"] *= (step + 1 - phase_start) / train.switch_warmup_steps
+    return rate
+
+
+def build_engine(
+    model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, precision: Literal["bf16", "fp32"]
+) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed with torch's AdamW."""
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(train, precision, dist.get_world_size()),
+    )
+    return engine

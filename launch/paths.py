@@ -1,0 +1,27 @@
+"""Where a run keeps what. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.config import RunConfig, Stage
+
+
+def project_directory(config: RunConfig) -> Path:
+    """`run_root/name`: everything that belongs together, all stages of one chain."""
+    return Path(config.run_root) / config.name
+
+
+def run_directory(config: RunConfig, stage: Stage) -> Path:
+    """The run directory of one stage."""
+    return project_directory(config) / stage
+
+
+def codes_directory(config: RunConfig) -> Path:
+    """Code shards of the finished codec."""
+    return project_directory(config) / "codes"
+
+
+def model_directory(config: RunConfig) -> Path:
+    """Exported models, one subdirectory per part: base_lm, rqvae, rq_transformer, tokenizer."""
+    return project_directory(config) / "model"

@@ -1,0 +1,60 @@
+"""When to stop early: signals, a deadline, a file. Every rank takes part in one joint decision."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # SIGUSR1 clashes with NCCL
+
+
+class StopRequest:
+    """Collects this process's reasons to stop; the training loop joins them over ranks at step boundaries.
+
+    Under the `deepspeed` launcher SIGTERM to the launcher kills the ranks at once: use the STOP file
+    (`touch RUN_DIRECTORY/STOP`) or send SIGUSR2 to the ranks there.
+
+    Args:
+        run_directory: where a file named STOP asks for a stop.
+        max_time_s: seconds from now after which to stop; None for no limit.
+    """
+
+    def __init__(self, run_directory: Path, max_time_s: float | None):
+        self._file = run_directory / "STOP"
+        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self._reason: str | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._reason = signal.Signals(number).name
+
+    def reason(self) -> str | None:
+        """Why this process wants to stop, or None."""
+        if self._reason is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self._reason = "max_time_s"
+        if self._reason is None and self._file.exists():
+            self._reason = "STOP file"
+        return self._reason
+
+
+def agree(loss: Tensor, stop_reason: str | None, step: int, rank: int, sample_index: Tensor) -> str | None:
+    """One decision of all ranks: go on (None), or stop after this step (why).
+
+    Raises:
+        FloatingPointError: the loss of some rank is not finite; before the optimizer could take it in.
+    """
+    is_bad = not math.isfinite(float(loss))
+    flags = torch.tensor([float(is_bad), float(stop_reason is not None)], device=loss.device)
+    dist.all_reduce(flags)
+    if flags[0] > 0:
+        mine = f"this rank's loss {float(loss)}, samples {sample_index.tolist()}"
+        raise FloatingPointError(f"non-finite loss at step {step} on {int(flags[0])} rank(s); rank {rank}: {mine}")
+    return (stop_reason or "another rank's request") if flags[1] > 0 else None

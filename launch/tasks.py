@@ -1,0 +1,310 @@
+"""What each stage trains: its model, data, loss and metrics. The loop itself is in `launch/train.py`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline import CodeDataset, TokenDataset
+from launch.config import RunConfig
+from launch.paths import codes_directory
+from rqvae.backbone import BaseLM
+from rqvae.config import RQTransformerConfig
+from rqvae.encoder import chunk_documents
+from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
+from rqvae.rq_transformer import RQTransformer
+from rqvae.rq_vae import RQVAE
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [start, end) of a stage in which the same parameters are trained."""
+
+    name: str
+    start: int
+    end: int
+
+
+class StepOutput(NamedTuple):
+    """Result of a forward pass on one micro-batch."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    """Sums over the micro-batch, fp64, to be added up over micro-batches, steps and ranks."""
+
+
+class Task(ABC):
+    """One stage of training."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+
+    @abstractmethod
+    def dataset(self, split: str) -> TokenDataset | CodeDataset:
+        """The data of a split."""
+
+    @abstractmethod
+    def create_model(self) -> nn.Module:
+        """The model with random weights, seeded by the caller."""
+
+    def load_initial_weights(self, model: nn.Module) -> None:
+        """Load the pretrained weights that the run starts from."""
+
+    @abstractmethod
+    def load_model(self, directory: Path) -> nn.Module:
+        """The finished model from its directory."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
+        """Score a micro-batch. `num_tokens` is the denominator of the loss."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics from sums joined over all ranks."""
+
+    def phases(self) -> list[Phase]:
+        """The phases, in order, without gaps."""
+        return [Phase("full", 0, self.config.train.steps)]
+
+    def set_phase(self, model: nn.Module, phase: Phase) -> None:
+        """Choose what is trained, before the engine is built. Never on a live engine: ZeRO-3 would go
+        wrong silently."""
+
+    def backbone_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Parameters that started from pretrained weights."""
+        return iter(())
+
+    def before_step(
+        self, engine: nn.Module, dataset: TokenDataset | CodeDataset, step: int, rank: int, world_size: int
+    ) -> None:
+        """Called by all ranks before the forward pass of a step; `engine` is the model under DeepSpeed."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called by all ranks after the optimizer step."""
+
+    def state_metrics(self, model: nn.Module) -> dict[str, float]:
+        """Metrics that are read off the model."""
+        return {}
+
+
+def _token_sums(nats: Tensor, correct: Tensor, real: Tensor) -> dict[str, Tensor]:
+    return {"nats": nats.double().sum(), "correct": correct.double().sum(), "tokens": real.double().sum()}
+
+
+def _token_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    tokens = sums["tokens"].clamp(min=1)
+    return {
+        "nats_per_token": float(sums["nats"] / tokens),
+        "token_accuracy": float(sums["correct"] / tokens),
+    }
+
+
+class BaseLMTask(Task):
+    """The plain autoregressive model."""
+
+    def dataset(self, split: str) -> TokenDataset:
+        return TokenDataset(self.config.data.directory, split)
+
+    def create_model(self) -> BaseLM:
+        return BaseLM(self.config.codec.backbone.architecture, self.dataset("train").eos_token_id)
+
+    def load_model(self, directory: Path) -> BaseLM:
+        return BaseLM.from_pretrained(directory, self.dataset("train").eos_token_id)
+
+    def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
+        out = model(batch["input_ids"], batch["document_ids"], num_tokens=num_tokens)
+        return StepOutput(out.loss, _token_sums(out.nats, out.correct, batch["document_ids"] > 0))
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"loss": float(sums["nats"] / sums["tokens"].clamp(min=1))} | _token_metrics(sums)
+
+
+class RQVAETask(Task):
+    """The codec: frozen-backbone warm-up, then everything."""
+
+    def dataset(self, split: str) -> TokenDataset:
+        return TokenDataset(self.config.data.directory, split)
+
+    def create_model(self) -> RQVAE:
+        return RQVAE(self.config.codec)
+
+    def load_model(self, directory: Path) -> RQVAE:
+        return RQVAE.from_pretrained(directory)
+
+    def load_initial_weights(self, model: RQVAE) -> None:  # type: ignore[override]
+        if self.config.codec.backbone.pretrained is not None:
+            model.load_backbone(self.config.codec.backbone.pretrained)
+
+    def phases(self) -> list[Phase]:
+        train = self.config.train
+        phases = [Phase("frozen", 0, train.frozen_steps), Phase("full", train.frozen_steps, train.steps)]
+        return [phase for phase in phases if phase.start < phase.end]
+
+    def set_phase(self, model: RQVAE, phase: Phase) -> None:  # type: ignore[override]
+        for parameter in model.backbone_parameters():
+            parameter.requires_grad_(phase.name != "frozen")
+
+    def backbone_parameters(self, model: RQVAE) -> Iterator[nn.Parameter]:  # type: ignore[override]
+        return model.backbone_parameters()
+
+    def before_step(
+        self,
+        engine: nn.Module,
+        dataset: TokenDataset | CodeDataset,
+        step: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Initialise the codebooks by k-means when quantization begins."""
+        train = self.config.train
+        if step != train.quantizer_warmup_steps:
+            return
+        vectors_per_sample = dataset.sample_length // self.config.codec.compression_factor
+        wanted = INITIALISATION_VECTORS_PER_CODE * max(self.config.codec.codebook_sizes)
+        batch_size = train.micro_batch_size * world_size
+        num_batches = min(-(-wanted // (vectors_per_sample * batch_size)), len(dataset) // batch_size)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        # Drawn with replacement: there may be more samples than fit a permutation.
+        samples = torch.randint(len(dataset), (max(1, num_batches) * batch_size,), generator=generator)
+        quantizer: ResidualQuantizer = engine.module.quantizer
+        device = quantizer.levels[0].codebook.device
+        engine.eval()
+        vectors = []
+        with torch.no_grad():
+            for batch_samples in samples.split(batch_size):
+                batch = dataset.read(batch_samples.chunk(world_size)[rank].numpy())
+                documents = batch["document_ids"].to(device)
+                out = engine(batch["input_ids"].to(device), document_ids=documents, quantize=False)
+                vectors.append(out.latents[chunk_documents(documents, self.config.codec.compression_factor) > 0])
+        engine.train()
+        quantizer.initialize(torch.cat(vectors), self.config.seed)
+
+    def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
+        documents = batch["document_ids"]
+        out = model(
+            batch["input_ids"],
+            document_ids=documents,
+            num_tokens=num_tokens,
+            quantize=step >= self.config.train.quantizer_warmup_steps,
+        )
+        real = documents > 0
+        sums = _token_sums(out.nats, out.correct, real)
+        factor = self.config.codec.compression_factor
+        real_chunks = chunk_documents(documents, factor) > 0
+        chunk_hits = (out.correct | ~real).view(*real_chunks.shape, factor).all(-1) & real_chunks
+        sums |= {
+            "chunks": real_chunks.double().sum(),
+            "correct_chunks": chunk_hits.double().sum(),
+            "commitment": out.commitment_loss.detach().double() * num_tokens / factor,
+        }
+        if out.codes is not None:
+            sums["distortion"] = out.distortion.double()
+            sums["code_counts"] = torch.stack(
+                [
+                    torch.bincount(codes, minlength=max(self.config.codec.codebook_sizes)).double()
+                    for codes in out.codes[real_chunks].unbind(-1)
+                ]
+            )
+        return StepOutput(out.loss, sums)
+
+    def after_step(self, model: RQVAE, step: int) -> None:  # type: ignore[override]
+        if step >= self.config.train.quantizer_warmup_steps:
+            model.quantizer.update_codebook_ema(step, self.config.seed)
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        chunks = sums["chunks"].clamp(min=1)
+        metrics = _token_metrics(sums)
+        commitment = float(sums["commitment"] / chunks)
+        metrics = {
+            "loss": metrics["nats_per_token"] + self.config.codec.quantizer.commitment_weight * commitment,
+            **metrics,
+            "chunk_accuracy": float(sums["correct_chunks"] / chunks),
+            "commitment_loss": commitment,
+        }
+        if "distortion" in sums:
+            # Perplexity over all that was summed up: over one batch it is capped by the vectors in it.
+            perplexity = compute_perplexity(sums["code_counts"])
+            for level in range(len(perplexity)):
+                metrics[f"codebook/distortion_{level}"] = float(sums["distortion"][level] / chunks)
+                metrics[f"codebook/window_perplexity_{level}"] = float(perplexity[level])
+        return metrics
+
+    def state_metrics(self, model: RQVAE) -> dict[str, float]:  # type: ignore[override]
+        return model.quantizer.usage_metrics()
+
+
+class RQTransformerTask(Task):
+    """The latent model, on the codes of a finished codec."""
+
+    def _token_dataset(self, split: str) -> TokenDataset:
+        return TokenDataset(self.config.data.directory, split)
+
+    def dataset(self, split: str) -> CodeDataset:
+        return CodeDataset(self._token_dataset(split), codes_directory(self.config))
+
+    def create_model(self) -> RQTransformer:
+        codes = self.dataset("train")
+        codec = self.config.codec
+        made_by = (codes.compression_factor, tuple(codes.codebook_sizes))
+        if made_by != (codec.compression_factor, codec.codebook_sizes):
+            raise ValueError(
+                f"codes in '{codes_directory(self.config)}' have K, C = {made_by}; this configuration has "
+                f"{(codec.compression_factor, codec.codebook_sizes)}. Use the configuration of their codec"
+            )
+        return RQTransformer(
+            RQTransformerConfig(
+                **self.config.latent_model.model_dump(),
+                compression_factor=codec.compression_factor,
+                codebook_levels=codec.codebook_levels,
+                codebook_size=codec.codebook_size,
+                codec_hash=codes.codec_hash,
+            )
+        )
+
+    def load_model(self, directory: Path) -> RQTransformer:
+        return RQTransformer.from_pretrained(directory)
+
+    def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
+        documents = chunk_documents(batch["document_ids"], self.config.codec.compression_factor)
+        out = model(batch["codes"], document_ids=documents, num_tokens=num_tokens)
+        real = documents > 0
+        return StepOutput(
+            out.loss,
+            {
+                "tokens": (batch["document_ids"] > 0).double().sum(),
+                "chunks": real.double().sum(),
+                "level_nats": out.nats.double().sum((0, 1)),
+                "level_correct": out.correct.double().sum((0, 1)),
+            },
+        )
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        chunks = sums["chunks"].clamp(min=1)
+        nats_per_token = float(sums["level_nats"].sum() / sums["tokens"].clamp(min=1))
+        metrics = {"loss": nats_per_token, "nats_per_token": nats_per_token}
+        for level in range(len(sums["level_nats"])):
+            metrics[f"codes/nats_{level}"] = float(sums["level_nats"][level] / chunks)
+            metrics[f"codes/accuracy_{level}"] = float(sums["level_correct"][level] / chunks)
+        return metrics
+
+
+TASKS: dict[str, type[Task]] = {
+    "base_lm": BaseLMTask,
+    "rqvae": RQVAETask,
+    "rq_transformer": RQTransformerTask,
+}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
+    """Load a consolidated state, naming everything that does not fit."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"'{source}' does not fit the model: missing {missing}, unexpected {unexpected}")

@@ -1,0 +1,290 @@
+"""Metrics of a run: `metrics.jsonl` is the source of truth, Weights & Biases mirrors it.
+
+metrics.jsonl holds one strict JSON object a line. JSON has no NaN and no infinity, so these are written as
+the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns them back into floats.
+
+Resuming. A run that goes on from step s first cuts every line with a later step, so that the file reads as if
+the run had never been interrupted. Whatever belongs to step s must therefore be logged before the checkpoint
+of step s is marked complete.
+
+Weights & Biases. The run id is kept in `RUN_DIRECTORY/wandb_run_id`, so a resumed run goes on under the same
+id. Our own step is logged as `step` and is the x axis of every chart; a step that is repeated after a resume
+is logged a second time. Without a login the run is recorded offline, in one `offline-run-*` directory for
+each start, all with the same id; `wandb sync RUN_DIRECTORY/wandb` sends them one after another into one run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from launch.config import RunConfig, Stage
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsLog:
+    """An append-only file of JSON lines.
+
+    Args:
+        path: the file; its directory must exist.
+        resume_step: the step that the run goes on from. Lines with a later step are cut; 0 starts afresh.
+
+    Raises:
+        ValueError: an existing file holds a line that is not JSON.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        if path.exists():
+            _keep_until(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line, which then survives the death of this process."""
+        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force what was written to the disk, which then survives the death of the machine."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close. A second call does nothing."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, with non-finite values as floats again.
+
+    A last line without its line end is what a killed process leaves behind, and is left out.
+
+    Raises:
+        ValueError: another line is not a JSON object.
+    """
+    return [
+        {
+            key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
+            for key, value in record.items()
+        }
+        for _, record in _lines(path)
+    ]
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    # What follows the last line end is empty, or half a line of a killed process.
+    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+    found = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); repair it or move the file"
+            ) from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object; repair it or move the file")
+        found.append((line, record))
+    return found
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Cut the lines after `step` (all of them for step 0) by an atomic replacement."""
+    kept = [line + "\n" for line, record in _lines(path) if step > 0 and record["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _spelled(value) if isinstance(value, float) else value for key, value in record.items()}
+
+
+def _spelled(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+class Tracker:
+    """Writes metrics.jsonl on rank 0 and mirrors it to Weights & Biases; does nothing on other ranks.
+
+    Args:
+        run_dir: the stage's run directory; must exist.
+        config: the run's configuration, which the mirror shows.
+        stage: written into every line.
+        rank: this process's rank.
+        resume_step: the step that the run goes on from; 0 starts afresh.
+        environment: a few facts for the mirror, from `launch.environment.capture_environment`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        stage: Stage,
+        rank: int,
+        resume_step: int = 0,
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.stage = stage
+        self._log: MetricsLog | None = None
+        self._wandb: Any = None
+        self._elapsed_before_s = 0.0
+        self._start = time.monotonic()
+        if rank != 0:
+            return
+        self._log = MetricsLog(run_dir / "metrics.jsonl", resume_step)
+        earlier = [record["time_s"] for record in read_metrics(self._log.path) if "time_s" in record]
+        self._elapsed_before_s = earlier[-1] if earlier else 0.0
+        mode = wandb_mode(config)
+        if mode != "disabled":
+            self._wandb = _start_wandb(run_dir, config, stage, mode, resume_step, environment or {})
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds this run has been training for, including before it was resumed."""
+        return self._elapsed_before_s + time.monotonic() - self._start
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write one line; it needs the keys `split` and `step`. `stage` and `time_s` are added."""
+        if self._log is None:
+            return
+        line = {"stage": self.stage, **record}
+        line.setdefault("time_s", round(self.elapsed_s, 3))
+        self._log.append(line)
+        if self._wandb is not None:
+            values = {
+                f"{record['split']}/{key}": value
+                for key, value in line.items()
+                if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
+            self._wandb.log({"step": record["step"], **values})
+
+    def sync(self) -> None:
+        """Force metrics.jsonl to the disk; call it before a checkpoint is marked complete."""
+        if self._log is not None:
+            self._log.sync()
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish both; a second call does nothing."""
+        if self._log is not None:
+            self._log.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+            self._wandb = None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+
+def wandb_mode(config: RunConfig) -> Literal["online", "offline", "disabled"]:
+    """`tracking.wandb` with `auto` resolved: WANDB_MODE if set, else online with a login, else offline."""
+    wanted = config.tracking.wandb
+    if wanted != "auto":
+        return wanted
+    from_environment = os.environ.get("WANDB_MODE")
+    for mode in ("online", "offline", "disabled"):
+        if mode == from_environment:
+            return mode
+    return "online" if _has_login() else "offline"
+
+
+def _has_login() -> bool:
+    """A key or token for Weights & Biases is there. Asking wandb itself could prompt on a terminal."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    own_server = os.environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(own_server).netloc] if own_server else ["api.wandb.ai", "api.forge.coreweave.com"]
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in candidates if name):
+        if path.is_file():
+            try:
+                found = netrc.netrc(path)
+            except (netrc.NetrcParseError, OSError):
+                return False
+            return any(host in found.hosts for host in hosts)
+    return False
+
+
+def _start_wandb(
+    run_dir: Path,
+    config: RunConfig,
+    stage: Stage,
+    mode: Literal["online", "offline"],
+    resume_step: int,
+    environment: Mapping[str, Any],
+) -> Any:
+    import wandb  # a second to import, and only rank 0 needs it
+
+    def start(actual: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            id=_run_id(run_dir),
+            name=f"{config.name}-{stage}",
+            group=config.name,
+            job_type=stage,
+            dir=str(run_dir),
+            mode=actual,
+            # Offline runs cannot resume; `wandb sync` joins the parts by their id.
+            resume="allow" if actual == "online" else None,
+            config={**config.model_dump(mode="json", exclude={"stages"}), "environment": dict(environment)},
+            settings=wandb.Settings(
+                console="off",  # the launcher's output and progress bars are not metrics
+                save_code=False,
+                disable_git=True,  # a remote's URL may hold a token; the commit is in `environment`
+                silent=True,
+                init_timeout=60,
+            ),
+        )
+
+    try:
+        run = start(mode)
+    except wandb.errors.Error as error:
+        # Compute nodes often have a login but no way out. Only an explicit `online` insists.
+        if config.tracking.wandb == "online" or mode == "offline":
+            raise
+        print(f"wandb cannot be reached ({error}); recording offline", file=sys.stderr)
+        mode = "offline"
+        run = start(mode)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    if mode == "offline":
+        print(f"wandb: offline; send with: wandb sync {run_dir / 'wandb'}")
+    else:
+        print(f"wandb: {run.url}" + (f" (resumed at step {resume_step})" if resume_step else ""))
+    return run
+
+
+def _run_id(run_dir: Path) -> str:
+    """The id kept in the run directory, drawn when the run starts for the first time."""
+    path = run_dir / "wandb_run_id"
+    if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
+        return known
+    drawn = secrets.token_hex(4)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(drawn + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return drawn

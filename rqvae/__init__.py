@@ -1,0 +1,37 @@
+"""RQ-VAE codec of text and RQ-transformer over its codes.
+
+Names are imported on first use, so that `rqvae.config` can be read without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "BaseLM": "backbone",
+    "DepthTransformer": "rq_transformer",
+    "FlatTransformer": "flat_transformer",
+    "LatentGenerator": "generation",
+    "Quantizer": "quantizer",
+    "RQTransformer": "rq_transformer",
+    "RQTransformerConfig": "config",
+    "RQVAE": "rq_vae",
+    "RQVAEConfig": "config",
+    "ResidualQuantizer": "quantizer",
+    "RoPEAttention": "layers",
+    "SpatialTransformer": "rq_transformer",
+    "SwiGLUTransformerLayer": "layers",
+    "TextDecoder": "decoder",
+    "TextEncoder": "encoder",
+    "TransformerBlock": "layers",
+    "latent_bound": "likelihood",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"rqvae.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'rqvae' has no attribute '{name}'")

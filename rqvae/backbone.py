@@ -1,0 +1,197 @@
+"""Causal decoder backbones from `transformers`, and the base language model made of one.
+
+Backbones keep their causal mask; packed documents are kept apart by an explicit mask, because Qwen3
+isolates documents from position ids only when it gets neither a mask nor a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from rqvae.config import ArchitectureConfig
+from rqvae.layers import LinearHead, causal_document_mask, positions_in_documents
+
+
+def huggingface_config(architecture: ArchitectureConfig) -> PretrainedConfig:
+    """The `transformers` config of an architecture."""
+    config = AutoConfig.for_model(architecture.model_type, **architecture.to_huggingface())
+    config._attn_implementation = "sdpa"
+    config.use_cache = False  # caches are asked for explicitly, at generation
+    return config
+
+
+def build_backbone(architecture: ArchitectureConfig, with_embeddings: bool) -> PreTrainedModel:
+    """A backbone without head, randomly initialised, in fp32.
+
+    Args:
+        with_embeddings: False drops the token embeddings, for a decoder fed with vectors.
+    """
+    backbone = AutoModel.from_config(huggingface_config(architecture), dtype=torch.float32)
+    if not with_embeddings:
+        backbone.embed_tokens = None
+    return backbone
+
+
+def run_backbone(backbone: nn.Module, embeddings: Tensor, document_ids: Tensor) -> Tensor:
+    """Hidden states [B, T, H] of packed documents, none of which sees another.
+
+    Args:
+        embeddings: [B, T, H].
+        document_ids: LongTensor [B, T]; see `causal_document_mask`.
+    """
+    return backbone(
+        inputs_embeds=embeddings,
+        attention_mask=causal_document_mask(document_ids, document_ids),
+        position_ids=positions_in_documents(document_ids),
+    ).last_hidden_state
+
+
+def pretrained_tensors(source: str) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a causal LM in Hugging Face layout, one tensor at a time, named as in its backbone.
+
+    `model.` is stripped, so that names are those of the model without head; the head is `lm_head.weight`.
+
+    Args:
+        source: a directory, or a hub id (then fetched or taken from the hub's cache).
+
+    Raises:
+        ValueError: there are no safetensors files.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        except Exception as error:
+            raise ValueError(
+                f"backbone.pretrained: '{source}' is not a directory, and fetching it from the hub failed "
+                f"({type(error).__name__}: {error}). Give the path of a downloaded model."
+            ) from error
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"backbone.pretrained: no *.safetensors files in '{directory}'")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name.removeprefix("model."), tensors.get_tensor(name)
+
+
+def load_pretrained(source: str, backbone: nn.Module, head: LinearHead | None) -> None:
+    """Copy the weights of a causal LM into a backbone and, if given, its output head.
+
+    A model with tied embeddings has no `lm_head.weight`; the head then gets the embeddings.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape; all are listed.
+    """
+    targets = dict(backbone.named_parameters())
+    missing, problems = set(targets), []
+    head_loaded = head is None
+    with torch.no_grad():
+        for name, tensor in pretrained_tensors(source):
+            if name in targets:
+                if targets[name].shape != tensor.shape:
+                    problems.append(f"{name}: {tuple(tensor.shape)}, expected {tuple(targets[name].shape)}")
+                else:
+                    targets[name].copy_(tensor)
+                missing.discard(name)
+            elif name not in ("embed_tokens.weight", "lm_head.weight"):
+                problems.append(f"{name}: unexpected")
+            # `lm_head.weight` sorts after `embed_tokens.weight` in no particular file: prefer it whenever seen.
+            if head is not None and (
+                name == "lm_head.weight" or (name == "embed_tokens.weight" and not head_loaded)
+            ):
+                if head.weight.shape != tensor.shape:
+                    problems.append(f"{name}: {tuple(tensor.shape)}, expected {tuple(head.weight.shape)}")
+                else:
+                    head.weight.copy_(tensor)
+                head_loaded = True
+    problems += [f"{name}: missing" for name in sorted(missing)]
+    if not head_loaded:
+        problems.append("lm_head.weight or embed_tokens.weight: missing")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise ValueError(f"'{source}' does not fit codec.backbone.architecture:\n  {shown}")
+
+
+class LanguageModelOutput(NamedTuple):
+    """Losses of a batch under the base language model."""
+
+    loss: Tensor
+    """Mean negative log-likelihood per real token, in nats."""
+    nats: Tensor
+    """[B, T] fp32, 0 at padding."""
+    correct: Tensor
+    """[B, T] bool."""
+
+
+class BaseLM(nn.Module):
+    """The plain autoregressive language model: baseline of every table, and source of backbone weights.
+
+    Wraps the `transformers` model under `lm`, with the head exchanged for a `LinearHead`, so that training
+    never forms full logits while `generate` and `save_pretrained` stay those of `transformers`.
+
+    Every document starts from the end-of-text token, so its first token is predicted too and the
+    likelihood covers exactly the tokens that the latent model's bound covers.
+    """
+
+    def __init__(self, architecture: ArchitectureConfig, eos_token_id: int):
+        super().__init__()
+        self.eos_token_id = eos_token_id
+        self.lm = AutoModelForCausalLM.from_config(huggingface_config(architecture), dtype=torch.float32)
+        self.lm.lm_head = LinearHead(architecture.hidden_size, architecture.vocab_size)
+        if architecture.tie_word_embeddings:
+            self.lm.lm_head.weight = self.lm.model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, eos_token_id: int) -> BaseLM:
+        """Load a causal LM in Hugging Face layout."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.eos_token_id = eos_token_id
+        lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+        head = LinearHead(*reversed(lm.lm_head.weight.shape))
+        head.weight = lm.lm_head.weight
+        lm.lm_head = head
+        model.lm = lm
+        return model.eval()
+
+    def forward(
+        self, input_ids: Tensor, document_ids: Tensor, num_tokens: Tensor | None = None
+    ) -> LanguageModelOutput:
+        """Score packed documents.
+
+        Args:
+            input_ids: LongTensor [B, T].
+            document_ids: LongTensor [B, T], 0 at padding.
+            num_tokens: denominator of the loss; the real tokens of this batch by default. A training loop
+                passes its share of the whole step's tokens, so that ranks with more padding weigh less.
+        """
+        previous = torch.full_like(input_ids, self.eos_token_id)
+        previous[:, 1:] = torch.where(
+            document_ids[:, 1:] == document_ids[:, :-1], input_ids[:, :-1], previous[:, 1:]
+        )
+        hidden = run_backbone(self.lm.model, self.lm.model.embed_tokens(previous), document_ids)
+        real = document_ids > 0
+        if num_tokens is None:
+            num_tokens = real.sum().clamp(min=1)
+        out = self.lm.lm_head(hidden, input_ids, real / num_tokens)
+        return LanguageModelOutput(out.loss, out.nats.view_as(input_ids), out.correct.view_as(real) & real)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a plain Hugging Face directory."""
+        self.lm.save_pretrained(directory)

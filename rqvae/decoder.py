@@ -1,0 +1,99 @@
+"""Quantized latents -> logits of K tokens per latent, all positions in parallel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rqvae.backbone import build_backbone
+from rqvae.config import RQVAEConfig
+from rqvae.layers import (
+    HeadOutput,
+    LinearHead,
+    TransformerBlock,
+    TransformerCache,
+    causal_document_mask,
+    positions_in_documents,
+)
+from rqvae.resample import Upsample
+
+
+class DecoderCache:
+    """What the decoder keeps between blocks of latents when text is decoded as it is generated."""
+
+    def __init__(self, refinement: TransformerCache, backbone: DynamicCache, documents: Tensor):
+        self.refinement = refinement
+        self.backbone = backbone
+        self.documents = documents  # LongTensor [B, latents so far]
+
+
+class TextDecoder(nn.Module):
+    """Projection from the codebook space, causal refinement, upsampling, causal backbone, output head.
+
+    The logits of chunk j depend on latents up to j only, so text can be decoded while it is generated.
+    """
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__()
+        architecture = config.backbone.architecture
+        self.compression_factor = config.compression_factor
+        self.from_codebook = nn.Linear(config.codebook_dim, config.latent_dim)
+        self.refinement = TransformerBlock(
+            config.latent_dim, config.num_latent_layers, config.latent_head_dim, 8 / 3, 1e4
+        )
+        self.upsample = Upsample(config.latent_dim, architecture.hidden_size, config.compression_factor)
+        self.backbone = build_backbone(architecture, with_embeddings=False)
+        self.head = LinearHead(architecture.hidden_size, architecture.vocab_size)
+
+    def new_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
+        """Empty cache for decoding block by block."""
+        like = self.from_codebook.weight
+        return DecoderCache(
+            self.refinement.new_cache(batch_size, max_latents, like),
+            DynamicCache(config=self.backbone.config),
+            torch.zeros(batch_size, 0, dtype=torch.long, device=like.device),
+        )
+
+    def hidden_states(self, latents: Tensor, documents: Tensor, cache: DecoderCache | None = None) -> Tensor:
+        """Hidden states before the head.
+
+        Args:
+            latents: [B, S, codebook_dim], quantized.
+            documents: LongTensor [B, S] document of every latent, 0 at padding.
+            cache: filled with the latents before these; extended in place.
+
+        Returns:
+            [B, S * K, H].
+        """
+        seen = documents if cache is None else torch.cat([cache.documents, documents], dim=1)
+        # Without padding or packing a mask has nothing to say that causality does not.
+        is_plain = cache is not None and cache.documents.shape[1] == 0 and bool((documents == 1).all())
+        positions = positions_in_documents(seen)[:, -documents.shape[1] :]
+        mask = None if is_plain else causal_document_mask(documents, seen)
+        x = self.from_codebook(latents.to(self.from_codebook.weight.dtype))
+        x = self.refinement(x, positions, mask, cache.refinement if cache is not None else None)
+        x = self.upsample(x)
+        tokens, seen_tokens = (d.repeat_interleave(self.compression_factor, 1) for d in (documents, seen))
+        token_positions = positions_in_documents(seen_tokens)[:, -tokens.shape[1] :]
+        x = self.backbone(
+            inputs_embeds=x,
+            attention_mask=causal_document_mask(tokens, seen_tokens),
+            position_ids=token_positions,
+            past_key_values=cache.backbone if cache is not None else None,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        if cache is not None:
+            cache.documents = seen
+        return x
+
+    def forward(
+        self,
+        latents: Tensor,
+        documents: Tensor,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor | HeadOutput:
+        """Logits [B, S * K, V], or the losses of `labels` [B, S * K] weighted by `weights`."""
+        return self.head(self.hidden_states(latents, documents, cache), labels, weights)

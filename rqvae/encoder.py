@@ -1,0 +1,60 @@
+"""Tokens -> one continuous latent per chunk of K tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.backbone import build_backbone, run_backbone
+from rqvae.config import RQVAEConfig
+from rqvae.layers import TransformerBlock, causal_document_mask, positions_in_documents
+from rqvae.resample import Downsample
+
+
+def chunk_documents(document_ids: Tensor, compression_factor: int) -> Tensor:
+    """Document of every chunk: LongTensor [B, T] -> [B, T / K]; 0 where the whole chunk is padding.
+
+    A chunk holds tokens of one document only (the data pipeline restarts the grid at every document).
+    """
+    return document_ids.view(document_ids.shape[0], -1, compression_factor).amax(-1)
+
+
+class TextEncoder(nn.Module):
+    """Causal backbone, strided convolution, causal refinement, projection to the codebook space.
+
+    Latent j depends on tokens before (j + 1) K of its own document only, so that the latents of a prompt
+    do not depend on what follows it.
+    """
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__()
+        hidden = config.backbone.architecture.hidden_size
+        self.compression_factor = config.compression_factor
+        self.backbone = build_backbone(config.backbone.architecture, with_embeddings=True)
+        # Stands for the places of a chunk that hold no token. The backbone's own output there would
+        # depend on whatever else is packed into the sample.
+        self.absent_token = nn.Parameter(torch.randn(hidden) * 0.02)
+        self.downsample = Downsample(hidden, config.latent_dim, config.compression_factor)
+        self.refinement = TransformerBlock(
+            config.latent_dim, config.num_latent_layers, config.latent_head_dim, 8 / 3, 1e4
+        )
+        self.to_codebook = nn.Linear(config.latent_dim, config.codebook_dim)
+
+    def forward(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
+        """Encode packed documents.
+
+        Args:
+            input_ids: LongTensor [B, T], T a multiple of K.
+            document_ids: LongTensor [B, T], 0 at padding.
+
+        Returns:
+            Latents [B, T / K, codebook_dim]; meaningless where the chunk is all padding.
+        """
+        hidden = run_backbone(self.backbone, self.backbone.embed_tokens(input_ids), document_ids)
+        hidden = torch.where((document_ids > 0)[..., None], hidden, self.absent_token.to(hidden.dtype))
+        latents = self.downsample(hidden)
+        documents = chunk_documents(document_ids, self.compression_factor)
+        latents = self.refinement(
+            latents, positions_in_documents(documents), causal_document_mask(documents, documents)
+        )
+        return self.to_codebook(latents)

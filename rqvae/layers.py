@@ -1,0 +1,360 @@
+"""Building blocks shared by the codec and the latent models.
+
+Shapes: B batch, N sequence length, E width, A attention heads, F head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Position of every element counted from the start of its document.
+
+    Args:
+        document_ids: LongTensor [B, N]; a document is a run of equal values (0 is padding, also a run).
+
+    Returns:
+        LongTensor [B, N].
+    """
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(is_start, index, 0).cummax(dim=1).values
+
+
+def causal_document_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+    """Which keys every query may see: earlier or equal position, same document.
+
+    The queries are the last `Q` of the `N` key positions. Padding (document 0) sees padding only, so no
+    row is empty.
+
+    Args:
+        query_documents: LongTensor [B, Q].
+        key_documents: LongTensor [B, N], N >= Q.
+
+    Returns:
+        BoolTensor [B, 1, Q, N], True where attention is allowed.
+    """
+    num_queries, num_keys = query_documents.shape[1], key_documents.shape[1]
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key_documents.device)
+    causal = causal.tril(diagonal=num_keys - num_queries)
+    return (causal & (query_documents[:, :, None] == key_documents[:, None, :]))[:, None]
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary position embeddings (Su 2021, equation 34), computed in fp32."""
+
+    def __init__(self, head_dim: int, theta: float):
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Args: positions LongTensor [B, N]. Returns: cos and sin, each [B, 1, N, head_dim]."""
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32)
+        frequencies = self.theta ** (-exponents / self.head_dim)
+        angles = positions[:, None, :, None].float() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BANF: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embeddings to queries or keys."""
+    first, second = x_BANF.chunk(2, dim=-1)
+    return x_BANF * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class LayerCache:
+    """Keys and values of one attention layer in buffers allocated once.
+
+    Args: see `TransformerCache`.
+    """
+
+    def __init__(self, batch_size: int, num_heads: int, max_length: int, head_dim: int, like: Tensor):
+        shape = (batch_size, num_heads, max_length, head_dim)
+        self.keys = like.new_zeros(shape)
+        self.values = like.new_zeros(shape)
+
+    def append(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write [B, A, N, F] at `start` and return all keys and values up to the end of what was written."""
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class TransformerCache:
+    """State of a `TransformerBlock` between calls: one `LayerCache` per layer, and how much is filled."""
+
+    def __init__(self, layers: list[LayerCache], max_length: int):
+        self.layers = layers
+        self.max_length = max_length
+        self.length = 0
+
+    def reset(self) -> None:
+        """Forget everything; the buffers are reused."""
+        self.length = 0
+
+
+class RoPEAttention(nn.Module):
+    """Multi-head self-attention with rotary positions, without biases."""
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.head_dim = head_dim
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self,
+        x_BNE: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        cache_start: int = 0,
+    ) -> Tensor:
+        """Attend causally.
+
+        Args:
+            x_BNE: [B, N, E].
+            rotary: cos and sin for the N positions.
+            mask: bool [B, 1, N, keys], or None for plain causal attention over one document.
+            cache: keys and values of the positions before `cache_start`; extended in place.
+
+        Returns:
+            [B, N, E].
+        """
+        batch, length, dim = x_BNE.shape
+        qkv = self.qkv_proj(x_BNE).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        queries, keys = rotate(qkv[:2].flatten(0, 1), *self._twice(rotary)).chunk(2)
+        values = qkv[2]
+        if cache is not None:
+            keys, values = cache.append(keys, values, cache_start)
+        # Without a mask, plain causal attention is right only when queries and keys start together; a
+        # single new query may see everything.
+        is_causal = mask is None and length > 1
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+    @staticmethod
+    def _twice(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        # Queries and keys are rotated in one call, stacked along the batch: half the kernel launches.
+        cos, sin = rotary
+        return (cos, sin) if cos.shape[0] == 1 else (cos.repeat(2, 1, 1, 1), sin.repeat(2, 1, 1, 1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer, down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class SwiGLUTransformerLayer(nn.Module):
+    """One pre-norm layer: rotary attention, then SwiGLU."""
+
+    def __init__(self, dim: int, head_dim: int, mlp_dim: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention = RoPEAttention(dim, head_dim)
+        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.mlp = SwiGLU(dim, mlp_dim)
+
+    def forward(
+        self,
+        x_BNE: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        cache_start: int = 0,
+    ) -> Tensor:
+        """[B, N, E] -> [B, N, E]; arguments as in `RoPEAttention`."""
+        x_BNE = x_BNE + self.attention(self.attention_norm(x_BNE), rotary, mask, cache, cache_start)
+        return x_BNE + self.mlp(self.mlp_norm(x_BNE))
+
+
+def mlp_width(dim: int, ratio: float) -> int:
+    """Hidden width of a SwiGLU: `ratio * dim` rounded up to a multiple of 64, which matrix units like."""
+    return -(-int(dim * ratio) // 64) * 64
+
+
+class TransformerBlock(nn.Module):
+    """A causal stack of `SwiGLUTransformerLayer`s that keeps packed documents apart, with a final norm."""
+
+    def __init__(self, dim: int, num_layers: int, head_dim: int, mlp_ratio: float, rope_theta: float):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.head_dim = head_dim
+        self.rotary = RotaryEmbedding(head_dim, rope_theta)
+        self.layers = nn.ModuleList(
+            SwiGLUTransformerLayer(dim, head_dim, mlp_width(dim, mlp_ratio)) for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.gradient_checkpointing = False
+        for layer in self.layers:
+            for projection in (layer.attention.qkv_proj, layer.mlp.gate_up_proj):
+                nn.init.normal_(projection.weight, std=0.02)
+            # Residual branches start small in deep stacks (Radford 2019, section 2.3).
+            for projection in (layer.attention.out_proj, layer.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / (2 * num_layers) ** 0.5)
+
+    def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> TransformerCache:
+        """Empty cache for `max_length` positions with the dtype and device of `like`."""
+        layers = [
+            LayerCache(batch_size, self.num_heads, max_length, self.head_dim, like)
+            for _ in range(len(self.layers))
+        ]
+        return TransformerCache(layers, max_length)
+
+    def forward(
+        self,
+        x_BNE: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: TransformerCache | None = None,
+    ) -> Tensor:
+        """Run the stack.
+
+        Args:
+            x_BNE: [B, N, E].
+            positions: LongTensor [B, N] or [1, N], position inside the document.
+            mask: bool [B, 1, N, keys]; None means one document and no padding.
+            cache: filled with the positions before; extended in place.
+
+        Returns:
+            [B, N, E].
+
+        Raises:
+            ValueError: several positions at once are appended to a filled cache without a mask, or the
+                cache is full.
+        """
+        rotary = self.rotary(positions, x_BNE.dtype)
+        start = cache.length if cache is not None else 0
+        if cache is not None:
+            if start and mask is None and x_BNE.shape[1] > 1:
+                raise ValueError("appending several positions to a filled cache needs a mask")
+            if start + x_BNE.shape[1] > cache.max_length:
+                raise ValueError(f"the cache holds {cache.max_length} positions, {start + x_BNE.shape[1]} needed")
+        for index, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x_BNE = torch.utils.checkpoint.checkpoint(layer, x_BNE, rotary, mask, use_reentrant=False)
+            else:
+                layer_cache = cache.layers[index] if cache is not None else None
+                x_BNE = layer(x_BNE, rotary, mask, layer_cache, start)
+        if cache is not None:
+            cache.length = start + x_BNE.shape[1]
+        return self.norm(x_BNE)
+
+
+class HeadOutput(NamedTuple):
+    """What a head knows about given labels, without having kept the logits."""
+
+    loss: Tensor
+    """Weighted sum of the negative log-likelihoods; carries the gradient."""
+    nats: Tensor
+    """[N] fp32 negative log-likelihood of every label, 0 where the weight is 0; no gradient."""
+    correct: Tensor
+    """[N] bool: the label is the most likely entry."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear layer, a block of rows at a time, gradients formed in the forward pass.
+
+    Full logits [N, V] never exist: at V = 151,936 they and their gradient dwarf everything else. The same
+    plan as Liger-Kernel's fused linear cross-entropy (Hsu 2024, section 3.2), in plain torch.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, weights, block_rows):  # type: ignore[no-untyped-def]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        nats = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for start in range(0, hidden.shape[0], block_rows):
+            rows = slice(start, start + block_rows)
+            label, share = labels[rows, None], weights[rows, None].float()
+            logits = (hidden[rows] @ weight.T).float()
+            label_logits = logits.gather(1, label)
+            correct[rows] = (logits.amax(1, keepdim=True) == label_logits).squeeze(1)
+            log_norm = logits.logsumexp(1, keepdim=True)
+            nats[rows] = (log_norm - label_logits).squeeze(1)
+            if needs_hidden or needs_weight:
+                grad_logits = logits.sub_(log_norm).exp_()
+                grad_logits.scatter_add_(1, label, -torch.ones_like(label_logits))
+                grad_logits = grad_logits.mul_(share).to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+        nats.masked_fill_(weights == 0, 0.0)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nats, correct)
+        return torch.dot(nats, weights.float()), nats, correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_nats, _grad_correct):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # Scaling in place: these buffers exist for this call only.
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None, None
+
+
+class LinearHead(nn.Module):
+    """A linear classifier that can be asked for logits, or for losses without ever holding the logits.
+
+    Its parameter is called `weight`, so it stands in for `lm_head` of a Hugging Face model unchanged.
+    """
+
+    BLOCK_ELEMENTS = 1 << 24
+    """Logits formed at a time (64 MiB in fp32): large enough for full matrix-multiply speed."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | HeadOutput:
+        """Logits, or the losses of `labels`.
+
+        Args:
+            hidden: [..., E].
+            labels: LongTensor [...]; null asks for logits.
+            weights: [...] weight of every label in the loss; 0 excludes it.
+
+        Returns:
+            Logits [..., V] without labels, else `HeadOutput` over the flattened positions.
+        """
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        if weights is None:
+            weights = torch.ones_like(labels, dtype=torch.float32)
+        block_rows = max(16, self.BLOCK_ELEMENTS // self.weight.shape[0])
+        return HeadOutput(
+            *_LinearCrossEntropy.apply(
+                hidden.reshape(-1, hidden.shape[-1]),
+                self.weight,
+                labels.reshape(-1),
+                weights.reshape(-1),
+                block_rows,
+            )
+        )

@@ -1,0 +1,45 @@
+"""Likelihood of text under the latent model: a bound, and it says so.
+
+-log p(x) <= NLL(codes of x) + NLL(x | codes of x): the codes are one of the many code sequences that
+could have produced x, so the sum can only be too large.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rqvae.encoder import chunk_documents
+from rqvae.rq_transformer import RQTransformer
+from rqvae.rq_vae import RQVAE
+
+
+class LatentBound(NamedTuple):
+    """Terms of the bound over one batch, all without gradient; nats in fp32."""
+
+    code_nats: Tensor
+    """[B, S, D], 0 at padding."""
+    token_nats: Tensor
+    """[B, T] given the codes, 0 at padding."""
+    token_correct: Tensor
+    """BoolTensor [B, T]."""
+    codes: Tensor
+    """LongTensor [B, S, D]."""
+    distortion: Tensor
+    """[D] sum over real latents of the squared norm left after every level."""
+
+
+@torch.inference_mode()
+def latent_bound(vae: RQVAE, rq_transformer: RQTransformer, input_ids: Tensor, document_ids: Tensor) -> LatentBound:
+    """Score packed documents; every real token is counted, end-of-text included, padding never.
+
+    Args:
+        input_ids: LongTensor [B, T].
+        document_ids: LongTensor [B, T], 0 at padding.
+    """
+    scored = vae(input_ids, document_ids=document_ids)
+    documents = chunk_documents(document_ids, vae.config.compression_factor)
+    prior = rq_transformer(scored.codes, document_ids=documents)
+    return LatentBound(prior.nats, scored.nats, scored.correct, scored.codes, scored.distortion)

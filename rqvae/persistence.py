@@ -1,0 +1,111 @@
+"""Models on disk: `config.json` beside safetensors, nothing that could run code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+FORMAT_VERSION = 1
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_model(model: nn.Module, config: BaseModel, directory: str | Path) -> None:
+    """Write a model: weights first, `config.json` last, so that a directory with a config is complete."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
+    save_torch_state_dict(model.state_dict(), directory)
+    content = {
+        "model": type(model).__name__,
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+    }
+    temporary = directory / "config.json.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(directory / "config.json")
+
+
+def load_model(model_class: type[Model], config_class: type[BaseModel], directory: str | Path) -> Model:
+    """Read a model written by `save_model`, in evaluation mode.
+
+    Raises:
+        ValueError: the directory is missing, of another class or version, damaged, or tensors do not fit.
+    """
+    directory = Path(directory)
+    content = read_config(directory)
+    if content.get("model") != model_class.__name__:
+        raise ValueError(f"'{directory}' holds a {content.get('model')}, not a {model_class.__name__}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"'{directory}' has format version {content.get('format_version')}, this is {FORMAT_VERSION}"
+        )
+    try:
+        config = config_class.model_validate(content["config"])
+    except ValidationError as error:
+        raise ValueError(f"'{directory}/config.json' is not valid: {error}") from error
+    model = model_class(config)
+    load_tensors(model, directory)
+    return model.eval()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a model directory.
+
+    Raises:
+        ValueError: it is missing or not JSON.
+    """
+    path = directory / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"'{directory}' is not a model directory: no config.json in it") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+
+
+def load_tensors(model: nn.Module, directory: Path) -> None:
+    """Copy all tensors of a directory's safetensors files into `model`, one at a time.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or misshapen, or a file is damaged.
+    """
+    targets = model.state_dict()
+    missing, problems = set(targets), []
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors, torch.no_grad():
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    tensor = tensors.get_tensor(name)
+                    if name not in targets:
+                        problems.append(f"{name}: unexpected")
+                    elif targets[name].shape != tensor.shape:
+                        problems.append(
+                            f"{name}: {tuple(tensor.shape)}, expected {tuple(targets[name].shape)}"
+                        )
+                    else:
+                        targets[name].copy_(tensor)
+                    missing.discard(name)
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' is damaged ({error}); copy or convert the model again") from error
+    problems += [f"{name}: missing" for name in sorted(missing)]
+    if problems:
+        raise ValueError(f"weights in '{directory}' do not fit its config:\n  " + "\n  ".join(problems[:20]))
+
+
+def content_hash(model: nn.Module, config: BaseModel) -> str:
+    """sha256 over configuration and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""The codec: RQVAE = TextEncoder, ResidualQuantizer, TextDecoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rqvae import persistence
+from rqvae.backbone import load_pretrained
+from rqvae.config import RQVAEConfig
+from rqvae.decoder import TextDecoder
+from rqvae.encoder import TextEncoder, chunk_documents
+from rqvae.quantizer import ResidualQuantizer
+
+
+class RQVAEOutput(NamedTuple):
+    """Result of a training or scoring pass."""
+
+    loss: Tensor
+    """reconstruction_loss + commitment_weight * commitment_loss + rate_loss."""
+    reconstruction_loss: Tensor
+    """Mean negative log-likelihood of the real tokens given the codes, in nats."""
+    commitment_loss: Tensor
+    """Squared distance to the partial sums, per K real tokens; summed over levels, mean over dimensions."""
+    rate_loss: Tensor
+    """Cost of the codes under a prior trained with the codec; 0 without one."""
+    codes: Tensor | None
+    """LongTensor [B, S, D]; None while quantization is off."""
+    latents: Tensor
+    """[B, S, codebook_dim] before quantization."""
+    nats: Tensor
+    """[B, T] fp32 negative log-likelihood of every token, 0 at padding."""
+    correct: Tensor
+    """BoolTensor [B, T], False at padding."""
+    distortion: Tensor
+    """[D] sum over real latents of the squared norm left after every level; empty while quantization is off."""
+
+
+class RQVAE(nn.Module):
+    """Residual-quantized autoencoder of text (Lee 2022, section 3.1, on causal language models).
+
+    Shapes: B batch, T tokens, K compression factor, S = T / K latents, D levels, V vocabulary.
+    """
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__()
+        # Where the weights once started from is the run's business: a saved codec is complete without it.
+        self.config = config.model_copy(
+            update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
+        )
+        self.encoder = TextEncoder(config)
+        self.quantizer = ResidualQuantizer(config.codebook_sizes, config.codebook_dim, config.quantizer)
+        self.decoder = TextDecoder(config)
+
+    # Persistence ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> RQVAE:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            ValueError: the directory is missing, damaged or holds something else.
+        """
+        return persistence.load_model(cls, RQVAEConfig, directory)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and safetensors."""
+        persistence.save_model(self, self.config, directory)
+
+    def codec_hash(self) -> str:
+        """sha256 over configuration and weights: the identity of the codes this codec makes."""
+        return persistence.content_hash(self, self.config)
+
+    # Training ------------------------------------------------------------------------------------------
+
+    def load_backbone(self, source: str) -> None:
+        """Initialise both backbones and the output head from a causal LM in Hugging Face layout."""
+        load_pretrained(source, self.encoder.backbone, None)
+        load_pretrained(source, self.decoder.backbone, self.decoder.head)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """What `load_backbone` fills and the frozen warm-up leaves alone; all else is new."""
+        for module in (self.encoder.backbone, self.decoder.backbone, self.decoder.head):
+            yield from module.parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        num_tokens: Tensor | None = None,
+        quantize: bool = True,
+    ) -> RQVAEOutput:
+        """Encode, quantize, decode, and score.
+
+        Args:
+            input_ids: LongTensor [B, T], T a multiple of K.
+            attention_mask: [B, T], 0 at padding; for one document per row.
+            document_ids: LongTensor [B, T], 0 at padding; for packed documents, instead of the mask.
+            num_tokens: denominator of the losses; by default the real tokens of this batch. A training
+                loop passes its share of the whole step's tokens.
+            quantize: False passes the continuous latents on (the first part of training).
+
+        Raises:
+            ValueError: T is not a multiple of K.
+        """
+        document_ids = self._documents(input_ids, attention_mask, document_ids)
+        real = document_ids > 0
+        if num_tokens is None:
+            num_tokens = real.sum().clamp(min=1)
+        documents = chunk_documents(document_ids, self.config.compression_factor)
+        latents = self.encoder(input_ids, document_ids)
+        decoder_input = latents
+        if quantize:
+            quantized = self.quantizer(latents, documents > 0)
+            decoder_input, codes, distortion = quantized.quantized, quantized.codes, quantized.distortion
+            commitment = quantized.commitment_loss * self.config.compression_factor / num_tokens
+        else:
+            codes, distortion = None, latents.new_zeros(0)
+            commitment = latents.new_zeros(())
+        out = self.decoder(decoder_input, documents, input_ids, real / num_tokens)
+        rate = torch.zeros_like(out.loss)
+        return RQVAEOutput(
+            loss=out.loss + self.config.quantizer.commitment_weight * commitment + rate,
+            reconstruction_loss=out.loss,
+            commitment_loss=commitment,
+            rate_loss=rate,
+            codes=codes,
+            latents=latents,
+            nats=out.nats.view_as(input_ids),
+            correct=out.correct.view_as(real) & real,
+            distortion=distortion,
+        )
+
+    # Use -----------------------------------------------------------------------------------------------
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Codes of token chunks: LongTensor [B, T] -> LongTensor [B, T / K, D].
+
+        Args: as in `forward`.
+        """
+        document_ids = self._documents(input_ids, attention_mask, document_ids)
+        with torch.inference_mode():
+            latents = self.encoder(input_ids, document_ids)
+            mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
+            was_training = self.quantizer.training
+            self.quantizer.eval()  # encoding is not learning
+            codes = self.quantizer(latents, mask).codes
+            self.quantizer.train(was_training)
+        return codes.clone()
+
+    def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Logits of the tokens of every latent.
+
+        Args:
+            codes: LongTensor [B, S, D'], the first D' <= D levels.
+            document_ids: LongTensor [B, S] document of every latent, 0 at padding; one document by default.
+
+        Returns:
+            [B, S * K, V].
+        """
+        if document_ids is None:
+            document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
+        with torch.inference_mode():
+            return self.decoder(self.quantizer.embed(codes), document_ids)
+
+    def _documents(
+        self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
+        if input_ids.shape[1] % self.config.compression_factor:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens are not a whole number of chunks of "
+                f"{self.config.compression_factor}; pad them (on the left for a prompt)"
+            )
+        if document_ids is not None:
+            return document_ids
+        if attention_mask is not None:
+            return attention_mask.long()
+        return torch.ones_like(input_ids)

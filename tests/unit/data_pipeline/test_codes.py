@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from numpy.typing import NDArray
+
+from data_pipeline import CodeDataset, StepLoader, TokenDataset, code_shard_is_done, finish_codes, write_code_shard
+from data_pipeline.errors import (
+    CodecMismatchError,
+    CorruptShardError,
+    EmptySplitError,
+    FingerprintMismatchError,
+    MissingShardError,
+    NotADatasetError,
+)
+
+SIZES = (16, 300)
+CODEC = "c0dec"
+
+
+def codes_of(samples: range) -> NDArray[np.int64]:
+    """[n, 8, 2] codes that say which sample and position they belong to."""
+    numbers = np.array(samples)[:, None, None]
+    return (numbers * 7 + np.arange(8)[None, :, None] + np.arange(2)) % np.array(SIZES)
+
+
+def write(directory: Path, tokens: TokenDataset, shard: int, codec: str = CODEC) -> None:
+    write_code_shard(
+        directory,
+        tokens.split,
+        shard,
+        codes_of(tokens.shard_range(shard)),
+        token_dataset=tokens,
+        codec_hash=codec,
+        compression_factor=4,
+        codebook_sizes=SIZES,
+    )
+
+
+@pytest.fixture(scope="module")
+def codes(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("codes")
+    for split in ("train", "validation", "test"):
+        tokens = TokenDataset(built, split)
+        for shard in range(len(tokens.shards)):
+            write(directory, tokens, shard)
+    finish_codes(directory, built, codec_hash=CODEC)
+    return directory
+
+
+def test_codes_are_joined_by_the_sample_index(built: Path, codes: Path) -> None:
+    tokens = TokenDataset(built, "train")
+    dataset = CodeDataset(tokens, codes, codec_hash=CODEC)
+    assert len(dataset) == len(tokens)
+    assert (dataset.compression_factor, dataset.codebook_sizes, dataset.codec_hash) == (4, SIZES, CODEC)
+    indices = [len(tokens) - 1, 0, 205]
+    batch = dataset.read(indices)
+    assert batch["codes"].dtype == torch.int64
+    assert batch["codes"].tolist() == np.concatenate([codes_of(range(i, i + 1)) for i in indices]).tolist()
+    assert torch.equal(batch["input_ids"], tokens.read(indices)["input_ids"])
+    with StepLoader(dataset, global_batch_size=4) as loader:
+        step, batch = next(loader)
+        assert batch["codes"].shape == (4, 8, 2)
+
+
+def test_stock_webdataset_reads_codes_with_the_keys_of_the_tokens(built: Path, codes: Path) -> None:
+    def read(directory: Path) -> list[dict[str, object]]:
+        urls = sorted(str(path) for path in (directory / "train").glob("*.tar"))
+        return list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+
+    token_groups, code_groups = read(built), read(codes)
+    assert [group["__key__"] for group in token_groups] == [group["__key__"] for group in code_groups]
+    rows = np.concatenate([group["codes.npy"] for group in code_groups])
+    assert rows.dtype == np.uint16
+    assert np.array_equal(rows, codes_of(range(len(TokenDataset(built, "train")))))
+
+
+def test_another_codec_or_other_tokens_are_refused(
+    built: Path, codes: Path, make_config: object, tmp_path: Path
+) -> None:
+    tokens = TokenDataset(built, "train")
+    with pytest.raises(CodecMismatchError, match=f"codec {CODEC}, but the codec in use is 0ther"):
+        CodeDataset(tokens, codes, codec_hash="0ther")
+    with pytest.raises(CodecMismatchError, match="0ther"):
+        write(codes, tokens, 0, codec="0ther")
+    tokens.fingerprint = "f00"
+    with pytest.raises(FingerprintMismatchError, match="token shards in use are f00"):
+        CodeDataset(tokens, codes)
+
+
+def test_a_killed_task_finds_what_is_left(built: Path, tmp_path: Path) -> None:
+    tokens = TokenDataset(built, "train")
+
+    def done() -> list[bool]:
+        return [
+            code_shard_is_done(tmp_path, "train", i, token_fingerprint=tokens.fingerprint, codec_hash=CODEC)
+            for i in range(len(tokens.shards))
+        ]
+
+    write(tmp_path, tokens, 1)
+    write(tmp_path, tokens, 0, codec="0ther")
+    assert done()[:2] == [False, True]
+    with pytest.raises(MissingShardError, match="train/codes-000000"):
+        finish_codes(tmp_path, built, codec_hash=CODEC, splits=["train"])
+    with pytest.raises(NotADatasetError, match="not all of its shards are encoded"):
+        CodeDataset(tokens, tmp_path)
+    for shard in range(len(tokens.shards)):
+        write(tmp_path, tokens, shard)
+    assert all(done())
+    (tmp_path / "train/codes-000001.tar").write_bytes(b"cut")
+    assert not done()[1]
+    write(tmp_path, tokens, 1)
+    manifest = finish_codes(tmp_path, built, codec_hash=CODEC, splits=["train"])
+    assert finish_codes(tmp_path, built, codec_hash=CODEC, splits=["train"]) == manifest
+    with pytest.raises(EmptySplitError, match="'test' was not encoded; there are: train"):
+        CodeDataset(TokenDataset(built, "test"), tmp_path)
+
+
+def test_shards_are_byte_identical_when_made_again(built: Path, codes: Path, tmp_path: Path) -> None:
+    write(tmp_path, TokenDataset(built, "train"), 0)
+    for name in ("codes-000000.tar", "codes-000000.index.npy", "codes-000000.done.json"):
+        assert (tmp_path / "train" / name).read_bytes() == (codes / "train" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda codes: codes[:-1], "must be integers of shape"),
+        (lambda codes: codes[:, :4], "must be integers of shape"),
+        (lambda codes: codes.astype(np.float32), "must be integers of shape"),
+        (lambda codes: codes + 300, "out of the range"),
+        (lambda codes: codes - 300, "out of the range"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(built: Path, tmp_path: Path, change: object, message: str) -> None:
+    tokens = TokenDataset(built, "train")
+    with pytest.raises(ValueError, match=message):
+        write_code_shard(
+            tmp_path,
+            "train",
+            0,
+            change(codes_of(tokens.shard_range(0))),  # type: ignore[operator]
+            token_dataset=tokens,
+            codec_hash=CODEC,
+            compression_factor=4,
+            codebook_sizes=SIZES,
+        )
+
+
+def test_damage_is_named(built: Path, codes: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(codes, tmp_path / "copy"))
+    path = directory / "train/codes-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[data.index(codes_of(range(205, 206)).astype("<u2").tobytes())] ^= 1
+    path.write_bytes(data)
+    dataset = CodeDataset(TokenDataset(built, "train"), directory)
+    dataset.read([0, 204])
+    with pytest.raises(CorruptShardError, match=r"codes-000001\.tar: sample 5 is damaged: its codes"):
+        dataset.read([205])
+    path.unlink()
+    with pytest.raises(MissingShardError, match="codes-000001"):
+        CodeDataset(TokenDataset(built, "train"), directory)
+
+
+def test_large_codebooks_take_32_bits(built: Path, tmp_path: Path) -> None:
+    tokens = TokenDataset(built, "test")
+    sizes = (100_000, 2)
+    for shard in range(len(tokens.shards)):
+        values = np.zeros((len(tokens.shard_range(shard)), 8, 2), dtype=np.int64)
+        values[..., 0] = 99_999
+        write_code_shard(
+            tmp_path,
+            "test",
+            shard,
+            torch.from_numpy(values),
+            token_dataset=tokens,
+            codec_hash=CODEC,
+            compression_factor=4,
+            codebook_sizes=sizes,
+        )
+    finish_codes(tmp_path, built, codec_hash=CODEC, splits=["test"])
+    assert CodeDataset(tokens, tmp_path).read([0])["codes"][0, 0].tolist() == [99_999, 0]

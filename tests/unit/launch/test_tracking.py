@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import RunConfig, load_config
+from launch.tracking import MetricsLog, Tracker, read_metrics, wandb_mode
+
+TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
+
+
+@pytest.fixture
+def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
+def config(mode: str) -> RunConfig:
+    return load_config(TINY, stage="rqvae", overrides=[f"tracking.wandb={mode}"])
+
+
+def train_line(step: int, **values: float) -> dict[str, Any]:
+    return {"phase": "full", "split": "train", "step": step, "loss": 1 / step, **values}
+
+
+def test_floats_survive_bitwise_and_non_finite_values_stay_strict_json(tmp_path: Path) -> None:
+    values = {"step": 1, "a": 0.1 + 0.2, "b": math.nan, "c": math.inf, "d": -math.inf, "e": 5e-324, "f": "é"}
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(values)
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(literal)
+
+    assert json.loads(text, parse_constant=refuse)["b"] == "NaN"
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(read.pop("b"))
+    assert read == {key: value for key, value in values.items() if key != "b"}
+
+
+def test_resume_makes_the_file_as_if_never_interrupted(tmp_path: Path) -> None:
+    def write(name: str, resume_step: int, steps: range) -> bytes:
+        log = MetricsLog(tmp_path / name, resume_step)
+        for step in steps:
+            log.append(train_line(step))
+        log.close()
+        return (tmp_path / name).read_bytes()
+
+    uninterrupted = write("whole", 0, range(1, 11))
+    write("parts", 0, range(1, 8))
+    with (tmp_path / "parts").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    assert write("parts", 5, range(6, 11)) == uninterrupted
+    assert write("parts", 0, range(1, 11)) == uninterrupted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_a_damaged_line_is_reported_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\0\0\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        MetricsLog(path, resume_step=1)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+        read_metrics(path)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with Tracker(tmp_path, config("offline"), "rqvae", rank=1) as tracker:
+        tracker.log(train_line(1))
+        tracker.sync()
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_goes_on_after_a_resume(tmp_path: Path) -> None:
+    with Tracker(tmp_path, config("disabled"), "rqvae", rank=0) as tracker:
+        tracker.log({**train_line(1), "time_s": 100.0})
+        tracker.log({**train_line(2), "time_s": 200.0})
+    with Tracker(tmp_path, config("disabled"), "rqvae", rank=0, resume_step=1) as tracker:
+        tracker.log(train_line(2))
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["stage"] == "rqvae"
+    assert first["time_s"] == 100
+    assert 100 <= second["time_s"] < 160
+
+
+@pytest.mark.usefixtures("no_login")
+def test_auto_is_online_with_a_login_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wandb_mode(config("auto")) == "offline"
+    netrc = tmp_path / "home" / ".netrc"
+    netrc.write_text("machine example.org login user password x\n")
+    netrc.chmod(0o600)
+    assert wandb_mode(config("auto")) == "offline"
+    netrc.write_text("machine api.wandb.ai login user password x\n")
+    assert wandb_mode(config("auto")) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode(config("auto")) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert wandb_mode(config("auto")) == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode(config("auto")) == "disabled"
+    assert wandb_mode(config("offline")) == "offline"
+
+
+@pytest.mark.usefixtures("no_login")
+def test_an_offline_run_and_its_resume_are_read_back(tmp_path: Path) -> None:
+    with Tracker(tmp_path, config("auto"), "rqvae", rank=0, environment={"commit": "abc"}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(train_line(step, **{"codebook/perplexity_0": 7.5 * step}))
+        tracker.log({"phase": "full", "split": "validation", "step": 3, "loss": 0.25})
+    with Tracker(tmp_path, config("auto"), "rqvae", rank=0, resume_step=2) as tracker:
+        tracker.log(train_line(3, **{"codebook/perplexity_0": math.nan}))
+
+    run_id = (tmp_path / "wandb_run_id").read_text().strip()
+    segments = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in segments] == [f"run-{run_id}.wandb"] * 2
+    first, second = (list(transaction_log(path)) for path in segments)
+
+    rows = [history(record) for record in first if record.WhichOneof("record_type") == "history"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    assert [row.get("train/codebook/perplexity_0") for row in rows] == [7.5, 15.0, 22.5, None]
+    assert rows[3]["validation/loss"] == 0.25
+    assert [history(r)["step"] for r in second if r.WhichOneof("record_type") == "history"] == [3]
+
+    for segment in (first, second):
+        (run,) = [record.run for record in segment if record.WhichOneof("record_type") == "run"]
+        assert (run.run_id, run.project, run.display_name) == (run_id, "rqvae-text", "tiny-rqvae")
+        metrics = [record.metric for record in segment if record.WhichOneof("record_type") == "metric"]
+        assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)
+    settings = {item.key: item.value_json for item in run.config.update}
+    assert json.loads(settings["train"])["steps"] == 1500
+    # The mirror holds what the file holds.
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def history(record: Any) -> dict[str, Any]:
+    return {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+
+
+def transaction_log(path: Path) -> Iterator[Any]:
+    """Records of a `.wandb` file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    block, position, parts = 32768, 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # no room for a record's header: the rest of the block is padding
+            position += block - position % block
+            continue
+        _checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        if kind == 0:
+            position += block - position % block
+            continue
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
