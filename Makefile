@@ -43,8 +43,22 @@ format: install
 lock: install
 	{ grep '^#' requirements.lock; \
 	  { $(BIN)/pip freeze --exclude-editable; $(BIN)/pip freeze --all | grep '^setuptools=='; } \
-	  | grep -vE '^(nvidia|cuda|triton)|@ file' | sed 's/+cpu$$//' | sort -f; } > requirements.lock.new
+	  | grep -vE '^(nvidia|cuda|triton)|@ file' | sed 's/+cpu$$//' | sort -fu; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+# Unsloth patches transformers process-wide and pulls packages that break beside a CPU build of torch, so it has an
+# environment of its own, and without a GPU it is installed without dependencies (the lock lists what it needs).
+UNSLOTH_BIN := .venv-unsloth/bin
+NO_DEPS := $(if $(shell command -v nvidia-smi),,--no-deps)
+
+unsloth: .venv-unsloth/.installed
+
+.venv-unsloth/.installed: requirements-unsloth.lock
+	test -x $(UNSLOTH_BIN)/python || $(PYTHON) -m venv .venv-unsloth
+	$(UNSLOTH_BIN)/python -m pip install --quiet --upgrade pip
+	$(UNSLOTH_BIN)/python -m pip install --quiet $(NO_DEPS) -r requirements-unsloth.lock
+	$(UNSLOTH_BIN)/python -c "import unsloth; print('Unsloth', unsloth.__version__, 'in .venv-unsloth')"
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venv-unsloth build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -126,6 +126,9 @@ class _Job:
             }
             if same_config and manifest.source.identity == self.identity:
                 _check_files(self.directory, manifest)
+                shutil.rmtree(
+                    self.directory / _WORK_FOLDER, ignore_errors=True
+                )  # of a merge killed at its end
                 return manifest
             what = "other text" if same_config else "another configuration"
             problem = f"holds token shards of {what}"

@@ -148,6 +148,14 @@ def write_token_shard(
     )
 
 
+def _npy_header(dtype: np.dtype, rows: int) -> bytes:
+    """How a .npy file of this type and length begins. A header is compared, never parsed: it may be damaged."""
+    buffer = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
 class ShardReader:
     """Reads single samples of one shard, checking every byte it returns. Safe to use from several threads.
 
@@ -171,17 +179,14 @@ class ShardReader:
                 raise MissingShardError(
                     f"{path}: listed in the manifest but not there; restore it or build again"
                 )
-        try:
-            # a plain view: indexing a memmap costs several times as much
-            self._index = np.asarray(np.load(index, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError, OSError) as error:
-            raise CorruptShardError(f"{index}: damaged index of shard {name}: {error}") from error
         expected = index_dtype(sorted(arrays))
-        if self._index.dtype != expected or self._index.shape != (samples,):
+        content = index.read_bytes()
+        header = _npy_header(expected, samples)
+        if content[: len(header)] != header or len(content) != len(header) + samples * expected.itemsize:
             raise CorruptShardError(
-                f"{index}: stale or damaged index of shard {name}: {self._index.shape} rows where the "
-                f"manifest says {samples} samples"
+                f"{index}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
             )
+        self._index = np.frombuffer(content, dtype=expected, offset=len(header))
         self._file = os.open(self.path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._file).st_size
         if self._file_bytes != file_bytes:

@@ -34,7 +34,9 @@ from rqvae.generation import Timing
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     inference = commands.add_parser("inference", help="latent decoding against autoregressive decoding")
     inference.add_argument("--model", required=True, type=Path, help="directory of the exported models")
@@ -70,7 +72,8 @@ def benchmark_inference(model: Path, data: Path, settings: BenchmarkConfig) -> d
     vae = RQVAE.from_pretrained(model / "rqvae").to(device)
     rq_transformer = RQTransformer.from_pretrained(model / "rq_transformer").to(device)
     latent = LatentGenerator(vae, rq_transformer, load_tokenizer(data))
-    lm = AutoModelForCausalLM.from_pretrained(model / "base_lm", dtype=torch.float32).to(device).eval()
+    lm: Any = AutoModelForCausalLM.from_pretrained(model / "base_lm", dtype=torch.float32)
+    lm.to(device).eval()
     prompts = prompts_from(data, settings.batch_size, settings.prompt_tokens)
     prompt_ids = torch.tensor(prompts, device=device)
     lean = CachedGreedyDecoder(lm, settings.prompt_tokens + settings.new_tokens)
@@ -88,9 +91,7 @@ def benchmark_inference(model: Path, data: Path, settings: BenchmarkConfig) -> d
         )[:, settings.prompt_tokens :]
 
     def decode_latents() -> None:
-        parts.append(
-            latent.generate_tokens(prompts, settings.new_tokens, stop_at_end_of_text=False).timing
-        )
+        parts.append(latent.generate_tokens(prompts, settings.new_tokens, stop_at_end_of_text=False).timing)
 
     agreement = float((generate() == lean.generate(prompt_ids, settings.new_tokens)).float().mean())
     rows: dict[str, Callable[[], Any]] = {
@@ -156,7 +157,9 @@ def prompts_from(data: Path, count: int, length: int) -> list[list[int]]:
                 prompts.append(tokens[:length].tolist())
         if len(prompts) == count:
             return prompts
-    raise ValueError(f"'{data}' has {len(prompts)} test documents of more than {length} tokens, {count} needed")
+    raise ValueError(
+        f"'{data}' has {len(prompts)} test documents of more than {length} tokens, {count} needed"
+    )
 
 
 def take_turns(
@@ -201,6 +204,7 @@ def work_per_token(
 
 
 def print_table(speed: dict[str, Any]) -> None:
+    """The result for a person."""
     print(f"{'':34}{'tokens/s':>10}{'ms/token':>10}{'speed-up':>10}{'layer calls':>13}{'MFLOP':>8}")
     for row in speed["rows"]:
         print(
@@ -208,7 +212,9 @@ def print_table(speed: dict[str, Any]) -> None:
             f"{row['speedup_over_generate']:9.2f}x{row['layer_calls_per_token']:13.2f}"
             f"{row['flops_per_token'] / 1e6:8.1f}"
         )
-    parts = ", ".join(f"{part} {speed[part + '_ms']:.2f}" for part in ("encode", "spatial", "depth", "decode"))
+    parts = ", ".join(
+        f"{part} {speed[part + '_ms']:.2f}" for part in ("encode", "spatial", "depth", "decode")
+    )
     print(f"latent, ms per token: {parts}; batch {speed['batch_size']}, {speed['kept_tokens']} tokens kept")
 
 

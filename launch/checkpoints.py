@@ -169,12 +169,20 @@ def run_hash(config: RunConfig, precision: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def refuse_other_run(run_directory: Path, checkpoint: Checkpoint | None, expected_hash: str) -> None:
-    """A checkpoint is continued only by the configuration that wrote it.
+def refuse_other_run(
+    run_directory: Path, checkpoint: Checkpoint | None, expected_hash: str, fingerprint: str
+) -> None:
+    """A checkpoint is continued only by the configuration and on the data that it was written with.
 
     Raises:
-        ValueError: it was written by another one.
+        ValueError: it was written by another configuration, or the data changed since.
     """
+    if checkpoint is not None and checkpoint.state.loader["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"'{run_directory}' was trained on data with fingerprint "
+            f"{checkpoint.state.loader['fingerprint'][:16]}, the data now there has {fingerprint[:16]}. "
+            "Restore the data, choose another name (name=...), or remove that directory to start afresh"
+        )
     if checkpoint is not None and checkpoint.state.run_hash != expected_hash:
         raise ValueError(
             f"'{run_directory}' holds a run with another configuration (see its config.yaml). "

@@ -23,7 +23,9 @@ from launch.config import load_config
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, metavar="SRC", help="run directory or checkpoint")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
     parser.add_argument("--to", required=True, choices=["safetensors"], help="format of the result")
@@ -52,7 +54,7 @@ def to_safetensors(source: Path, destination: Path) -> None:
     tasks.load_state(model, checkpoints.consolidated_state(checkpoint), checkpoint.directory)
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial)  # type: ignore[operator]
     verify(model, task.load_model(partial))
     partial.replace(destination)
     load_tokenizer(config.data.directory).save_pretrained(destination.parent / "tokenizer")
@@ -72,8 +74,10 @@ def locate(source: Path) -> tuple[Path, checkpoints.Checkpoint]:
     for checkpoint in checkpoints.find_complete(source.parent):
         if checkpoint.directory == source:
             return run_directory, checkpoint
-    raise ValueError(f"'{source}' is not a complete checkpoint; the newest complete one is found by naming "
-                     f"'{run_directory}' instead")
+    raise ValueError(
+        f"'{source}' is not a complete checkpoint; the newest complete one is found by naming "
+        f"'{run_directory}' instead"
+    )
 
 
 def verify(written: nn.Module, read: nn.Module) -> None:

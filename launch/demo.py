@@ -43,7 +43,9 @@ class Step:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status of the first step that failed, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
@@ -88,6 +90,7 @@ def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> lis
     manifest = data / "manifest.json"
     python = sys.executable
     with_config = ["--config", path]
+    of_models = ["--model", str(models), "--data", str(data)]
     threads = max(1, (os.cpu_count() or 1) // ranks)
 
     def train(stage: str, inputs: list[Path], *extra: str) -> list[Step]:
@@ -125,22 +128,30 @@ def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> lis
         *train("rqvae", [models / "base_lm"], f"codec.backbone.pretrained={models / 'base_lm'}"),
         Step(
             "precompute-codes",
-            [python, "launch/precompute_codes.py", *with_config, "--checkpoint", str(models / "rqvae"), *overrides],
+            [
+                python,
+                "launch/precompute_codes.py",
+                *with_config,
+                "--checkpoint",
+                str(models / "rqvae"),
+                *overrides,
+            ],
             [manifest, models / "rqvae"],
             [codes],
         ),
         *train("rq_transformer", [codes]),
         Step(
             "evaluate",
-            [python, "launch/eval.py", "--model", str(models), "--data", str(data), "--json", str(report)]
-            + [*with_config, *overrides],
+            [*[python, "launch/eval.py"], *of_models, "--json", str(report), *with_config, *overrides],
             [Path(path), manifest, models],
             [],
         ),
         Step(
             "benchmark",
-            [python, "launch/benchmark.py", "inference", "--model", str(models), "--data", str(data)]
-            + ["--report", str(report), *with_config, *overrides],
+            [
+                *[python, "launch/benchmark.py", "inference"],
+                *[*of_models, "--report", str(report), *with_config, *overrides],
+            ],
             [Path(path), manifest, models],
             [],
         ),
@@ -150,7 +161,12 @@ def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> lis
             [models],
             [],
         ),
-        Step("report", [python, "launch/report.py", str(project)], [report, *metrics], [project / "report.html"]),
+        Step(
+            "report",
+            [python, "launch/report.py", str(project)],
+            [report, *metrics],
+            [project / "report.html"],
+        ),
     ]
 
 
@@ -226,7 +242,9 @@ def content_hash(paths: list[Path]) -> str:
         root = REPOSITORY / path
         files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
         for file in files:
-            digest.update(str(file.relative_to(REPOSITORY) if file.is_relative_to(REPOSITORY) else file).encode())
+            digest.update(
+                str(file.relative_to(REPOSITORY) if file.is_relative_to(REPOSITORY) else file).encode()
+            )
             digest.update(hash_file(file) if file.is_file() else b"missing")
     return digest.hexdigest()
 
@@ -257,7 +275,7 @@ def summarise(project: Path, steps: list[Step], seconds: float) -> None:
     print(
         f"\n{work / 60:.1f} minutes of work in all, {seconds / 60:.1f} now.\n"
         f"Report: {project / 'report.html'} (figures: {project / 'report.json'})\n"
-        f"Next:   python launch/generate.py --model {project / 'model'} --prompt \"Returns the\"\n"
+        f'Next:   python launch/generate.py --model {project / "model"} --prompt "Returns the"\n'
         f"        python launch/demo.py --config configs/small.yaml name=small   (about two hours)"
     )
 

@@ -20,10 +20,10 @@ if not torch.cuda.is_available():
 # It compiles its operators with the `ninja` installed beside this interpreter, activated environment or not.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
 
-import deepspeed  # noqa: E402
+import deepspeed
 
-from launch.config import TrainConfig  # noqa: E402
-from launch.deepspeed_config import deepspeed_config  # noqa: E402
+from launch.config import TrainConfig
+from launch.deepspeed_config import deepspeed_config
 
 
 def start_process_group() -> tuple[int, int, torch.device]:
@@ -32,7 +32,13 @@ def start_process_group() -> tuple[int, int, torch.device]:
     Returns:
         rank, world size, and this process's device.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     if "RANK" not in os.environ:
         for name, value in alone.items():
             os.environ.setdefault(name, value)
@@ -96,9 +102,7 @@ def parameter_groups(
     Matrices decay; norms, biases, embeddings and single vectors do not.
     """
     backbone_ids = {id(parameter) for parameter in backbone}
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -114,7 +118,9 @@ def parameter_groups(
     ]
 
 
-def set_learning_rates(engine: deepspeed.DeepSpeedEngine, train: TrainConfig, step: int, phase_start: int) -> float:
+def set_learning_rates(
+    engine: deepspeed.DeepSpeedEngine, train: TrainConfig, step: int, phase_start: int
+) -> float:
     """Set every group's learning rate for `step` (a pure function of it); returns that of new layers."""
     rate = train.learning_rate * learning_rate_factor(train, step)
     for group in engine.optimizer.param_groups:
@@ -131,7 +137,9 @@ def build_engine(
     model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, precision: Literal["bf16", "fp32"]
 ) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed with torch's AdamW."""
-    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
+    )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

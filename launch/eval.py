@@ -39,7 +39,9 @@ DISTORTION_SAMPLES = 32
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, type=Path, help="directory of the exported models")
     parser.add_argument("--data", required=True, type=Path, help="directory of the token shards")
     parser.add_argument("--json", type=Path, help="report to update (default: report.json beside --model)")
@@ -86,7 +88,12 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
     codec = vae.config
     bits_per_token = sum(map(math.log2, codec.codebook_sizes)) / codec.compression_factor
     return {
-        "evaluation": {"split": split, "samples": num_samples, "tokens": int(tokens), "bytes": int(num_bytes)},
+        "evaluation": {
+            "split": split,
+            "samples": num_samples,
+            "tokens": int(tokens),
+            "bytes": int(num_bytes),
+        },
         "reconstruction": {
             "token_accuracy": float(totals["correct"] / tokens),
             "chunk_accuracy": float(totals["correct_chunks"] / totals["chunks"]),
@@ -122,7 +129,9 @@ def score(
     levels = codec.codebook_levels
     totals: dict[str, Any] = {
         "code_counts": [np.zeros(size) for size in codec.codebook_sizes],
-        "token_counts": np.zeros(max(dataset.vocab_size, codec.backbone.architecture.vocab_size), dtype=np.int64),
+        "token_counts": np.zeros(
+            max(dataset.vocab_size, codec.backbone.architecture.vocab_size), dtype=np.int64
+        ),
         "code_nats": np.zeros(levels),
         "distortion": np.zeros(levels),
     }

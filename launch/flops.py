@@ -59,7 +59,9 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     architecture, factor = config.backbone.architecture, config.compression_factor
     one_backbone = backbone(architecture, sample_length / 2)
     resample = 2 * config.latent_dim * architecture.hidden_size
-    refinement = block(config.latent_dim, config.num_latent_layers, 8 / 3, sample_length / factor / 2) / factor
+    refinement = (
+        block(config.latent_dim, config.num_latent_layers, 8 / 3, sample_length / factor / 2) / factor
+    )
     projection = 2 * config.latent_dim * config.codebook_dim / factor
     search = 2 * config.codebook_dim * sum(config.codebook_sizes) / factor
     side = resample + refinement + projection

@@ -22,10 +22,14 @@ from rqvae import RQVAE, LatentGenerator, RQTransformer
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, type=Path, help="directory of the exported models")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
-    parser.add_argument("--prompts", type=argparse.FileType(), help="file with one prompt a line; - for stdin")
+    parser.add_argument(
+        "--prompts", type=argparse.FileType(), help="file with one prompt a line; - for stdin"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely codes")
     parser.add_argument("--seed", type=int, default=0)

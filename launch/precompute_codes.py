@@ -28,7 +28,9 @@ SPLITS = ("train", "validation", "test")
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", required=True, type=Path, help="model directory of the codec")
     parser.add_argument("--task-index", type=int, default=0)
@@ -78,7 +80,9 @@ def encode(config: RunConfig, checkpoint: Path, task_index: int, num_tasks: int,
     try:
         finish_codes(output, tokens, codec_hash=codec_hash, splits=SPLITS)
     except MissingShardError:
-        print(f"Task {task_index} of {num_tasks} is done; the codes in {output} are complete when all tasks are.")
+        print(
+            f"Task {task_index} of {num_tasks} is done; the codes in {output} are complete when all tasks are."
+        )
     else:
         print(f"Codes: {output}\nNext: deepspeed launch/train.py --config CONFIG --stage rq_transformer")
 

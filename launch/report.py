@@ -134,18 +134,19 @@ def render(inputs: Inputs) -> str:
     numbers = itertools.count(1)
     environment.globals["next_number"] = lambda: next(numbers)
     report = inputs.report
+    codec = report.get("codec") or inputs.config.get("codec") or {}
     speed = report.get("speed") or {}
     samples = report.get("samples") or {}
     levels = (report.get("codebook") or {}).get("levels") or []
     return environment.get_template("report.html.j2").render(
         name=inputs.config.get("name") or inputs.run_dir.name,
-        codec=codec_facts(inputs),
+        codec=codec_facts(codec),
         findings=findings(report),
         headline=headline_rows(report),
         reconstruction=report.get("reconstruction") or {},
         rate=report.get("rate") or {},
         levels=levels,
-        level_bits=figures.level_bits(inputs.config, report),
+        level_bits=figures.level_bits(codec),
         speed=speed,
         compute=report.get("compute") or {},
         evaluation=report.get("evaluation") or {},
@@ -154,8 +155,8 @@ def render(inputs: Inputs) -> str:
         generations=samples.get("generations") or [],
         stage_titles=STAGE_TITLES,
         training=figures.training(inputs.curves, STAGE_TITLES),
-        codebook_curves=figures.codebooks_over_training(inputs.curves, inputs.config),
-        codebook_figures=figures.codebooks(report, inputs.config),
+        codebook_curves=figures.codebooks_over_training(inputs.curves, codec),
+        codebook_figures=figures.codebooks(report, codec),
         quality_figure=figures.bits_per_byte(report, MODEL_TITLES),
         speed_figure=figures.speed_split(speed),
         missing_stages=[
@@ -165,18 +166,14 @@ def render(inputs: Inputs) -> str:
     )
 
 
-def codec_facts(inputs: Inputs) -> dict[str, Any]:
+def codec_facts(codec: Mapping[str, Any]) -> dict[str, Any]:
     """K, D, C and the rate, as far as they are known."""
-    codec = inputs.config.get("codec") or {}
-    rate = (inputs.report.get("rate") or {}).get("codes_bits_per_token")
-    sizes = figures.codebook_sizes(inputs.config)
-    if rate is None and sizes and codec.get("compression_factor"):
-        rate = sum(math.log2(size) for size in sizes) / codec["compression_factor"]
+    sizes = figures.codebook_sizes(codec)
     return {
         "compression_factor": codec.get("compression_factor"),
         "codebook_levels": codec.get("codebook_levels"),
         "codebook_size": ", ".join(str(size) for size in sorted(set(sizes), reverse=True)) or None,
-        "bits_per_token": rate,
+        "bits_per_token": bits[-1] if (bits := figures.level_bits(codec)) else None,
     }
 
 
@@ -229,6 +226,11 @@ def findings(report: Mapping[str, Any]) -> list[str]:
             if speedup >= 1
             else f"Latent decoding is slower than the base LM's: {number(speedup)} times its speed."
         )
+    lean = speed.get("speedup_over_lean_loop")
+    if lean is not None:
+        found.append(
+            f"Against the leanest autoregressive loop measured here it is {number(lean)} times as fast."
+        )
     if bound is not None and base is not None:
         found.append(
             f"Its bits per byte are at most {number(bound)} (a bound); the base LM's are {number(base)}."
@@ -252,7 +254,8 @@ def commands(inputs: Inputs) -> dict[str, str]:
     return {
         **{stage: f"{train} {stage}" for stage in STAGES},
         "evaluation": f"python launch/eval.py --model {run / 'model'} --data {data}",
-        "speed": f"python launch/benchmark.py inference --model {run / 'model'}",
+        "speed": f"python launch/benchmark.py inference --model {run / 'model'} --data {data} "
+        f"--report {run / 'report.json'}",
     }
 
 

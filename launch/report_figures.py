@@ -70,24 +70,20 @@ class Figure:
         return self.drawing.replace(_NUMBER, str(number))
 
 
-def codebook_sizes(config: Mapping[str, Any]) -> list[int]:
-    """C of every level from a resolved run configuration, empty where it is not known."""
-    codec = config.get("codec") or {}
+def codebook_sizes(codec: Mapping[str, Any]) -> list[int]:
+    """C of every level from a codec's configuration, empty where it is not known."""
     size, levels = codec.get("codebook_size"), codec.get("codebook_levels")
     if isinstance(size, int) and isinstance(levels, int):
         return [size] * levels
     return list(size) if isinstance(size, (list, tuple)) else []
 
 
-def level_bits(config: Mapping[str, Any], report: Mapping[str, Any]) -> list[float]:
+def level_bits(codec: Mapping[str, Any]) -> list[float]:
     """Bits per token of the codes up to each level, empty where they are not known."""
-    sizes = codebook_sizes(config)
-    factor = (config.get("codec") or {}).get("compression_factor")
-    if sizes and factor:
-        return list(itertools.accumulate(math.log2(size) / factor for size in sizes))
-    levels = (report.get("codebook") or {}).get("levels") or []
-    rate = (report.get("rate") or {}).get("codes_bits_per_token")
-    return [rate * (index + 1) / len(levels) for index in range(len(levels))] if rate else []
+    factor = codec.get("compression_factor")
+    if not factor:
+        return []
+    return list(itertools.accumulate(math.log2(size) / factor for size in codebook_sizes(codec)))
 
 
 @_styled
@@ -113,10 +109,10 @@ def training(curves: Mapping[str, Records], titles: Mapping[str, str]) -> list[F
 
 
 @_styled
-def codebooks_over_training(curves: Mapping[str, Records], config: Mapping[str, Any]) -> list[Figure]:
+def codebooks_over_training(curves: Mapping[str, Records], codec: Mapping[str, Any]) -> list[Figure]:
     """Perplexity and usage of every codebook level over training."""
     records = curves.get("rqvae") or curves.get("joint") or []
-    sizes = codebook_sizes(config)
+    sizes = codebook_sizes(codec)
     drawn = []
     for key, title, label, caption in (
         (
@@ -149,11 +145,11 @@ def codebooks_over_training(curves: Mapping[str, Records], config: Mapping[str, 
 
 
 @_styled
-def codebooks(report: Mapping[str, Any], config: Mapping[str, Any]) -> list[Figure]:
+def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figure]:
     """Rate against distortion and accuracy by level, and the usage histogram, on the evaluated split."""
     codebook = report.get("codebook") or {}
     levels = codebook.get("levels") or []
-    bits = level_bits(config, report)
+    bits = level_bits(codec)
     drawn = []
     for key, title, label, caption in (
         ("distortion", "Rate and distortion", "squared error", "What is left of the latent"),
@@ -196,8 +192,8 @@ def codebooks(report: Mapping[str, Any], config: Mapping[str, Any]) -> list[Figu
         drawn.append(
             _finish(
                 canvas,
-                "How often each code is used, relative to uniform usage (dashed), most used first; a line that "
-                "ends early has unused codes. Uniform usage is no goal in itself: predictable codes are.",
+                "How often each code is used, relative to uniform usage (dashed), most used first; a line "
+                "that ends early has unused codes. Uniform usage is no goal: predictable codes are.",
             )
         )
     return drawn
@@ -210,7 +206,7 @@ def bits_per_byte(report: Mapping[str, Any], titles: Mapping[str, str]) -> Figur
     rows = [key for key in titles if bits.get(key) is not None]
     if not rows:
         return None
-    canvas, axes = _canvas("Bits per UTF-8 byte, lower is better", width=6.4, height=0.7 + 0.42 * len(rows))
+    canvas, axes = _canvas("Bits per UTF-8 byte, lower is better", width=5.4, height=0.7 + 0.42 * len(rows))
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
     for row, key in enumerate(rows):
@@ -250,6 +246,7 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
     parts: list[tuple[str, float, str]] = [
         (name, speed[key], color)
         for name, key, color in (
+            ("prompt", "encode_ms", GREY),
             ("spatial", "spatial_ms", ORANGE),
             ("depth", "depth_ms", PURPLE),
             ("decoder", "decode_ms", GREEN),
@@ -258,7 +255,7 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
     ]
     if ar is None and not parts:
         return None
-    canvas, axes = _canvas("Decoding time", width=6.4, height=1.75)
+    canvas, axes = _canvas("Time per token", width=5.4, height=1.75)
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
     labels = []
@@ -275,17 +272,16 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
             left += width
         axes.annotate(f"{left:.3g}", (left, row), xytext=(4, 0), textcoords="offset points", va="center")
         labels.append("latent")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0, columnspacing=1)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0, columnspacing=1)
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    axes.set_xlabel("milliseconds")
+    axes.set_xlabel("milliseconds per kept token")
     split = ", ".join(f"{name} {width:.3g} ms" for name, width, _ in parts)
-    tokens = f" {speed['kept_tokens']} tokens" if speed.get("kept_tokens") else " the same number of tokens"
-    caption = f"Time to decode{tokens}" + (
-        f" at batch size {speed['batch_size']}" if speed.get("batch_size") else ""
-    )
+    caption = "Time per kept token of each sequence"
+    if speed.get("batch_size"):
+        caption += f", batch size {speed['batch_size']}"
     return _finish(canvas, caption + (f"; latent decoding is {split}." if split else "."))
 
 

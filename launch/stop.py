@@ -56,5 +56,7 @@ def agree(loss: Tensor, stop_reason: str | None, step: int, rank: int, sample_in
     dist.all_reduce(flags)
     if flags[0] > 0:
         mine = f"this rank's loss {float(loss)}, samples {sample_index.tolist()}"
-        raise FloatingPointError(f"non-finite loss at step {step} on {int(flags[0])} rank(s); rank {rank}: {mine}")
+        raise FloatingPointError(
+            f"non-finite loss at step {step} on {int(flags[0])} rank(s); rank {rank}: {mine}"
+        )
     return (stop_reason or "another rank's request") if flags[1] > 0 else None

@@ -174,7 +174,7 @@ class RQVAETask(Task):
         generator = torch.Generator().manual_seed(self.config.seed)
         # Drawn with replacement: there may be more samples than fit a permutation.
         samples = torch.randint(len(dataset), (max(1, num_batches) * batch_size,), generator=generator)
-        quantizer: ResidualQuantizer = engine.module.quantizer
+        quantizer: ResidualQuantizer = engine.module.quantizer  # type: ignore[union-attr,assignment]
         device = quantizer.levels[0].codebook.device
         engine.eval()
         vectors = []
@@ -183,7 +183,9 @@ class RQVAETask(Task):
                 batch = dataset.read(batch_samples.chunk(world_size)[rank].numpy())
                 documents = batch["document_ids"].to(device)
                 out = engine(batch["input_ids"].to(device), document_ids=documents, quantize=False)
-                vectors.append(out.latents[chunk_documents(documents, self.config.codec.compression_factor) > 0])
+                vectors.append(
+                    out.latents[chunk_documents(documents, self.config.codec.compression_factor) > 0]
+                )
         engine.train()
         quantizer.initialize(torch.cat(vectors), self.config.seed)
 

@@ -63,12 +63,13 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     """All phases of a stage, from wherever the run stands."""
     check_world_size(config, world_size)
     precision = resolve_precision(config.train.precision, rank)
-    task = tasks.TASKS[config.stage](config)  # type: ignore[index]
-    directory = run_directory(config, config.stage)  # type: ignore[arg-type]
+    assert config.stage is not None
+    task = tasks.TASKS[config.stage](config)
+    directory = run_directory(config, config.stage)
     run_hash = checkpoints.run_hash(config, precision)
     resumed = checkpoints.newest(directory / "checkpoints")
-    checkpoints.refuse_other_run(directory, resumed, run_hash)
     dataset = task.dataset("train")
+    checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
     environment: dict[str, Any] = {}
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,9 +77,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         environment = capture_environment(directory)
     dist.barrier()
     step = resumed.state.step if resumed else 0
-    tracker = Tracker(
-        directory, config, config.stage, rank, resume_step=step, environment=environment  # type: ignore[arg-type]
-    )
+    tracker = Tracker(directory, config, config.stage, rank, resume_step=step, environment=environment)
     stop = StopRequest(directory, config.train.max_time_s)
 
     stopped: str | None = None
@@ -111,7 +110,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         )
         progress = Progress(phase.end, f"{config.stage} ({phase.name})", initial=step, rank=rank)
         while step < phase.end and stopped is None:
-            _, batch = window.timed("data_wait_s", lambda loader=loader: next(loader))
+            _, batch = window.timed("data_wait_s", loader.__next__)
             micro_batches = split(to_device(batch, device), config.train.micro_batch_size)
             num_tokens = joined(num_real_tokens(batch, device)) / (world_size * len(micro_batches))
             task.before_step(engine, dataset, step, rank, world_size)
@@ -198,6 +197,7 @@ def record(
 
 
 def say_what_next(config: RunConfig, directory: Path, stopped: str | None, step: int) -> None:
+    """Where the result is and which command follows."""
     if stopped is not None:
         print(f"Stopped at step {step} ({stopped}). Give the same command again to continue.", flush=True)
     else:
@@ -210,7 +210,10 @@ def say_what_next(config: RunConfig, directory: Path, stopped: str | None, step:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML file, e.g. configs/tiny.yaml")
     parser.add_argument("--stage", required=True, choices=sorted(tasks.TASKS))
     parser.add_argument("--dry-run", action="store_true", help="check and print everything, train nothing")

@@ -63,7 +63,8 @@ class Window:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self._sums = {
-            name: torch.tensor(value, dtype=torch.float64, device=self._device) for name, value in state.items()
+            name: torch.tensor(value, dtype=torch.float64, device=self._device)
+            for name, value in state.items()
         }
 
 

@@ -28,16 +28,23 @@ class CachedGreedyDecoder:
         config = lm.config
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rotary = RotaryEmbedding(self.head_dim, config.rope_parameters["rope_theta"])
-        embeddings = lm.get_input_embeddings().weight
-        self.cos, self.sin = rotary(torch.arange(max_length, device=embeddings.device)[None], embeddings.dtype)
+        self.embeddings: Tensor = lm.get_input_embeddings().weight  # type: ignore[assignment]
+        self.cos, self.sin = rotary(
+            torch.arange(max_length, device=self.embeddings.device)[None], self.embeddings.dtype
+        )
 
     @torch.inference_mode()
     def generate(self, prompt_ids: Tensor, num_new_tokens: int) -> Tensor:
         """Continue greedily, past any end of text: LongTensor [B, P] -> LongTensor [B, num_new_tokens]."""
         config = self.lm.config
-        like = self.lm.get_input_embeddings().weight
         caches = [
-            LayerCache(prompt_ids.shape[0], config.num_key_value_heads, self.max_length, self.head_dim, like)
+            LayerCache(
+                prompt_ids.shape[0],
+                config.num_key_value_heads,
+                self.max_length,
+                self.head_dim,
+                self.embeddings,
+            )
             for _ in range(config.num_hidden_layers)
         ]
         ids, start, new = prompt_ids, 0, []
@@ -51,7 +58,7 @@ class CachedGreedyDecoder:
     def _forward(self, ids: Tensor, start: int, caches: list[LayerCache]) -> Tensor:
         batch, length = ids.shape
         cos, sin = self.cos[:, :, start : start + length], self.sin[:, :, start : start + length]
-        x = F.embedding(ids, self.lm.get_input_embeddings().weight)
+        x = F.embedding(ids, self.embeddings)
         for layer, cache in zip(self.lm.model.layers, caches, strict=True):
             attention = layer.self_attn
             h = layer.input_layernorm(x)

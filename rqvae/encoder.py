@@ -50,7 +50,8 @@ class TextEncoder(nn.Module):
         Returns:
             Latents [B, T / K, codebook_dim]; meaningless where the chunk is all padding.
         """
-        hidden = run_backbone(self.backbone, self.backbone.embed_tokens(input_ids), document_ids)
+        embeddings = self.backbone.get_input_embeddings()(input_ids)
+        hidden = run_backbone(self.backbone, embeddings, document_ids)
         hidden = torch.where((document_ids > 0)[..., None], hidden, self.absent_token.to(hidden.dtype))
         latents = self.downsample(hidden)
         documents = chunk_documents(document_ids, self.compression_factor)

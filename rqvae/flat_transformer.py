@@ -61,7 +61,9 @@ class FlatTransformer(nn.Module):
         x = torch.where(is_inside[..., None], previous, self.start.to(previous.dtype))
         x = x + self.level_positions.repeat(positions, 1)
         mask = causal_document_mask(flat_documents, flat_documents)
-        hidden = self.block(x, positions_in_documents(flat_documents), mask).view(batch * positions, levels, -1)
+        hidden = self.block(x, positions_in_documents(flat_documents), mask).view(
+            batch * positions, levels, -1
+        )
         weights = real.flatten() / num_tokens
         outputs = [
             head(hidden[:, level], codes[..., level].flatten(), weights)

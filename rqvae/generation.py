@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rqvae.layers import causal_document_mask
+from rqvae.layers import TransformerCache, causal_document_mask
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
@@ -82,7 +82,7 @@ class LatentGenerator:
         """
         prompt_ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         result = self.generate_tokens(prompt_ids, max_new_tokens, temperature, seed)
-        return [self.tokenizer.decode(ids) for ids in result.token_ids]
+        return [str(self.tokenizer.decode(ids)) for ids in result.token_ids]
 
     @torch.inference_mode()
     def generate_tokens(
@@ -122,7 +122,9 @@ class LatentGenerator:
         watch.add("spatial")
 
         depth_cache = self.rq_transformer.depth.new_cache(len(prompt_ids))
-        blocks, tokens, pending = [], [], [prompt_codes] if num_prompt else []
+        blocks: list[Tensor] = []
+        tokens: list[Tensor] = []
+        pending = [prompt_codes] if num_prompt else []
         is_ragged = bool((documents == 0).any())
         ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=self._device)
         for index in range(num_new):
@@ -173,7 +175,9 @@ class LatentGenerator:
                 documents[row, length - len(ids) :] = 1
         return input_ids.to(self._device), documents.to(self._device)
 
-    def _prefill(self, codes: Tensor, documents: Tensor, cache) -> tuple[Tensor, Tensor, Tensor]:
+    def _prefill(
+        self, codes: Tensor, documents: Tensor, cache: TransformerCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the prompt through the spatial transformer.
 
         Returns:
@@ -199,19 +203,23 @@ class LatentGenerator:
         context = spatial.step(x, positions, mask, cache)[:, -1]
         return context, key_documents, lengths + 1
 
-    def _sample_codes(self, context: Tensor, cache, temperature: float, generator: torch.Generator) -> Tensor:
+    def _sample_codes(
+        self, context: Tensor, cache: TransformerCache, temperature: float, generator: torch.Generator
+    ) -> Tensor:
         """The D codes of one position: [B, E] -> LongTensor [B, D]."""
         depth = self.rq_transformer.depth
         cache.reset()
-        base = depth.from_context(context)
-        prefix = torch.zeros_like(base)
+        inputs = depth.from_context(context)[:, None] + depth.level_positions
+        prefix: Tensor | None = None
         codes = []
-        for level, head in enumerate(depth.heads):
-            x = (base + depth.level_positions[level] + prefix)[:, None]
-            position = torch.full((1, 1), level, dtype=torch.long, device=context.device)
-            logits = head(depth.block(x, position, None, cache)[:, 0])
-            codes.append(sample(logits, temperature, generator))
-            prefix = prefix + depth.embedding.level(codes[-1], level)
+        for level in range(depth.num_levels):
+            x = inputs[:, level : level + 1]
+            if prefix is not None:
+                x = x + prefix
+            codes.append(sample(depth.step(x, level, cache), temperature, generator))
+            if level + 1 < depth.num_levels:
+                embedded = depth.embedding.level(codes[-1], level)[:, None]
+                prefix = embedded if prefix is None else prefix + embedded
         return torch.stack(codes, dim=1)
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, N sequence length, E width, A attention heads, F head width, V 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ class TransformerCache:
 
 
 class RoPEAttention(nn.Module):
-    """Multi-head self-attention with rotary positions, without biases."""
+    """Multi-head self-attention with rotary positions (or none), without biases."""
 
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
@@ -115,7 +116,7 @@ class RoPEAttention(nn.Module):
     def forward(
         self,
         x_BNE: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: LayerCache | None = None,
         cache_start: int = 0,
@@ -124,7 +125,7 @@ class RoPEAttention(nn.Module):
 
         Args:
             x_BNE: [B, N, E].
-            rotary: cos and sin for the N positions.
+            rotary: cos and sin for the N positions; None leaves positions to the input.
             mask: bool [B, 1, N, keys], or None for plain causal attention over one document.
             cache: keys and values of the positions before `cache_start`; extended in place.
 
@@ -132,9 +133,12 @@ class RoPEAttention(nn.Module):
             [B, N, E].
         """
         batch, length, dim = x_BNE.shape
-        qkv = self.qkv_proj(x_BNE).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        queries, keys = rotate(qkv[:2].flatten(0, 1), *self._twice(rotary)).chunk(2)
-        values = qkv[2]
+        qkv = (
+            self.qkv_proj(x_BNE).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
+        queries, keys, values = qkv.unbind(0)
+        if rotary is not None:
+            queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         if cache is not None:
             keys, values = cache.append(keys, values, cache_start)
         # Without a mask, plain causal attention is right only when queries and keys start together; a
@@ -142,12 +146,6 @@ class RoPEAttention(nn.Module):
         is_causal = mask is None and length > 1
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
         return self.out_proj(attended.transpose(1, 2).reshape(batch, length, dim))
-
-    @staticmethod
-    def _twice(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        # Queries and keys are rotated in one call, stacked along the batch: half the kernel launches.
-        cos, sin = rotary
-        return (cos, sin) if cos.shape[0] == 1 else (cos.repeat(2, 1, 1, 1), sin.repeat(2, 1, 1, 1))
 
 
 class SwiGLU(nn.Module):
@@ -169,15 +167,16 @@ class SwiGLUTransformerLayer(nn.Module):
 
     def __init__(self, dim: int, head_dim: int, mlp_dim: int):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        # LayerNorm and not RMSNorm, because torch has a fused kernel for it on every device.
+        self.attention_norm = nn.LayerNorm(dim, bias=False)
         self.attention = RoPEAttention(dim, head_dim)
-        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.mlp_norm = nn.LayerNorm(dim, bias=False)
         self.mlp = SwiGLU(dim, mlp_dim)
 
     def forward(
         self,
         x_BNE: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: LayerCache | None = None,
         cache_start: int = 0,
@@ -193,17 +192,21 @@ def mlp_width(dim: int, ratio: float) -> int:
 
 
 class TransformerBlock(nn.Module):
-    """A causal stack of `SwiGLUTransformerLayer`s that keeps packed documents apart, with a final norm."""
+    """A causal stack of `SwiGLUTransformerLayer`s that keeps packed documents apart, with a final norm.
 
-    def __init__(self, dim: int, num_layers: int, head_dim: int, mlp_ratio: float, rope_theta: float):
+    Args:
+        rope_theta: base of the rotary positions; None for a stack whose inputs carry their positions.
+    """
+
+    def __init__(self, dim: int, num_layers: int, head_dim: int, mlp_ratio: float, rope_theta: float | None):
         super().__init__()
         self.num_heads = dim // head_dim
         self.head_dim = head_dim
-        self.rotary = RotaryEmbedding(head_dim, rope_theta)
-        self.layers = nn.ModuleList(
+        self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, rope_theta)
+        self.layers: Sequence[SwiGLUTransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
             SwiGLUTransformerLayer(dim, head_dim, mlp_width(dim, mlp_ratio)) for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, bias=False)
         self.gradient_checkpointing = False
         for layer in self.layers:
             for projection in (layer.attention.qkv_proj, layer.mlp.gate_up_proj):
@@ -223,7 +226,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x_BNE: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         mask: Tensor | None = None,
         cache: TransformerCache | None = None,
     ) -> Tensor:
@@ -231,7 +234,7 @@ class TransformerBlock(nn.Module):
 
         Args:
             x_BNE: [B, N, E].
-            positions: LongTensor [B, N] or [1, N], position inside the document.
+            positions: LongTensor [B, N] or [1, N], position inside the document; not used without rotary.
             mask: bool [B, 1, N, keys]; None means one document and no padding.
             cache: filled with the positions before; extended in place.
 
@@ -242,13 +245,15 @@ class TransformerBlock(nn.Module):
             ValueError: several positions at once are appended to a filled cache without a mask, or the
                 cache is full.
         """
-        rotary = self.rotary(positions, x_BNE.dtype)
+        rotary = None if self.rotary is None else self.rotary(positions, x_BNE.dtype)
         start = cache.length if cache is not None else 0
         if cache is not None:
             if start and mask is None and x_BNE.shape[1] > 1:
                 raise ValueError("appending several positions to a filled cache needs a mask")
             if start + x_BNE.shape[1] > cache.max_length:
-                raise ValueError(f"the cache holds {cache.max_length} positions, {start + x_BNE.shape[1]} needed")
+                raise ValueError(
+                    f"the cache holds {cache.max_length} positions, {start + x_BNE.shape[1]} needed"
+                )
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x_BNE = torch.utils.checkpoint.checkpoint(layer, x_BNE, rotary, mask, use_reentrant=False)
@@ -279,8 +284,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, block_rows):  # type: ignore[no-untyped-def]
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, labels, weights, block_rows, with_gradients):  # type: ignore[no-untyped-def]
+        # `needs_input_grad` is set under `no_grad` too, where forming gradients would only cost time.
+        needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         nats = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
@@ -314,7 +320,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype))
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 class LinearHead(nn.Module):
@@ -356,5 +362,6 @@ class LinearHead(nn.Module):
                 labels.reshape(-1),
                 weights.reshape(-1),
                 block_rows,
+                torch.is_grad_enabled(),
             )
         )

@@ -32,7 +32,9 @@ class LatentBound(NamedTuple):
 
 
 @torch.inference_mode()
-def latent_bound(vae: RQVAE, rq_transformer: RQTransformer, input_ids: Tensor, document_ids: Tensor) -> LatentBound:
+def latent_bound(
+    vae: RQVAE, rq_transformer: RQTransformer, input_ids: Tensor, document_ids: Tensor
+) -> LatentBound:
     """Score packed documents; every real token is counted, end-of-text included, padding never.
 
     Args:

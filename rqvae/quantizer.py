@@ -10,7 +10,7 @@ Shapes: N vectors, E `codebook_dim`, C codebook size, D levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -177,9 +177,7 @@ class Quantizer(nn.Module):
         self.codebook[used] = self.ema_embed_sum[used] / self.ema_cluster_size[used, None]
 
     @torch.no_grad()
-    def replace_dead_codes(
-        self, residuals: Tensor, threshold: float, generator: torch.Generator
-    ) -> int:
+    def replace_dead_codes(self, residuals: Tensor, threshold: float, generator: torch.Generator) -> int:
         """Move codes used less than `threshold` times uniform onto random vectors of the joined batch.
 
         Both averages are reset together, to uniform usage at the new place; otherwise the next update
@@ -226,8 +224,12 @@ class ResidualQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.dim = dim
-        self.levels = nn.ModuleList(Quantizer(size, dim) for size in codebook_sizes)
-        self._pending: list[tuple[Tensor, Tensor]] = []  # residuals [N, D, E], codes [N, D] since the last update
+        self.levels: Sequence[Quantizer] = nn.ModuleList(  # type: ignore[assignment]
+            Quantizer(size, dim) for size in codebook_sizes
+        )
+        self._pending: list[
+            tuple[Tensor, Tensor]
+        ] = []  # residuals [N, D, E], codes [N, D] since the last update
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -312,11 +314,15 @@ class ResidualQuantizer(nn.Module):
             Codes re-seeded per level.
         """
         device = self.levels[0].codebook.device
-        residuals = torch.cat([r for r, _ in self._pending]) if self._pending else torch.zeros(
-            0, len(self.levels), self.dim, device=device
+        residuals = (
+            torch.cat([r for r, _ in self._pending])
+            if self._pending
+            else torch.zeros(0, len(self.levels), self.dim, device=device)
         )
-        codes = torch.cat([c for _, c in self._pending]) if self._pending else torch.zeros(
-            0, len(self.levels), dtype=torch.long, device=device
+        codes = (
+            torch.cat([c for _, c in self._pending])
+            if self._pending
+            else torch.zeros(0, len(self.levels), dtype=torch.long, device=device)
         )
         self._pending.clear()
         parts: list[Tensor] = []
@@ -328,7 +334,9 @@ class ResidualQuantizer(nn.Module):
         replaced = []
         for i, level in enumerate(self.levels):
             counts, sums = pieces[2 * i], pieces[2 * i + 1].view(-1, self.dim)
-            level.apply_ema(counts.to(level.codebook.dtype), sums.to(level.codebook.dtype), self.config.ema_decay)
+            level.apply_ema(
+                counts.to(level.codebook.dtype), sums.to(level.codebook.dtype), self.config.ema_decay
+            )
             replaced.append(0)
             if self.config.threshold_ema_dead_code and step % self.config.dead_code_interval == 0:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + i)

@@ -19,7 +19,7 @@ class Downsample(nn.Module):
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         """[B, T, H] -> [B, T / K, L]."""
-        batch, length, dim = x_BTH.shape
+        batch, length, _ = x_BTH.shape
         return self.proj(x_BTH.reshape(batch, length // self.compression_factor, -1))
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, S latent positions, D levels, C codebook size, E spatial width,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ class CodeEmbedding(nn.Module):
         super().__init__()
         self.table = nn.Embedding(sum(codebook_sizes), dim)
         nn.init.normal_(self.table.weight, std=0.02)
-        offsets = torch.tensor([0, *codebook_sizes[:-1]]).cumsum(0)
-        self.register_buffer("offsets", offsets, persistent=False)
+        self.level_offsets = [sum(codebook_sizes[:level]) for level in range(len(codebook_sizes))]
+        self.register_buffer("offsets", torch.tensor(self.level_offsets), persistent=False)
 
     offsets: Tensor
 
@@ -56,7 +57,7 @@ class CodeEmbedding(nn.Module):
 
     def level(self, codes: Tensor, level: int) -> Tensor:
         """Codes of one level: LongTensor [...] -> [..., dim]."""
-        return self.table(codes + self.offsets[level])
+        return self.table(codes + self.level_offsets[level])
 
 
 class SpatialTransformer(nn.Module):
@@ -79,12 +80,14 @@ class SpatialTransformer(nn.Module):
         return self.embedding(codes).sum(-2)
 
     def forward(self, codes: Tensor, document_ids: Tensor) -> Tensor:
-        """Contexts [B, S, E] of all positions at once, from LongTensors codes [B, S, D], document_ids [B, S]."""
+        """Contexts [B, S, E] of all positions, from LongTensors codes [B, S, D] and document_ids [B, S]."""
         is_inside = torch.zeros_like(document_ids, dtype=torch.bool)
         is_inside[:, 1:] = document_ids[:, 1:] == document_ids[:, :-1]
         previous = self.embed(codes).roll(1, dims=1)
         x = torch.where(is_inside[..., None], previous, self.start.to(previous.dtype))
-        return self.block(x, positions_in_documents(document_ids), causal_document_mask(document_ids, document_ids))
+        return self.block(
+            x, positions_in_documents(document_ids), causal_document_mask(document_ids, document_ids)
+        )
 
     def step(self, x_BNE: Tensor, positions: Tensor, mask: Tensor | None, cache: TransformerCache) -> Tensor:
         """Contexts of further positions, given their inputs (`embed` of the codes before, or `start`)."""
@@ -106,17 +109,22 @@ class DepthTransformer(nn.Module):
         self.from_context = nn.Linear(config.spatial_dim, config.depth_dim, bias=False)
         self.level_positions = nn.Parameter(torch.randn(config.codebook_levels, config.depth_dim) * 0.02)
         self.block = TransformerBlock(
-            config.depth_dim, config.depth_layers, config.head_dim, config.mlp_ratio, config.rope_theta
+            config.depth_dim, config.depth_layers, config.head_dim, config.mlp_ratio, rope_theta=None
         )
-        self.heads = nn.ModuleList(LinearHead(config.depth_dim, size) for size in config.codebook_sizes)
+        self.heads: Sequence[LinearHead] = nn.ModuleList(  # type: ignore[assignment]
+            LinearHead(config.depth_dim, size) for size in config.codebook_sizes
+        )
 
     def hidden_states(self, context: Tensor, codes: Tensor) -> Tensor:
         """States before the heads, with the true codes as input: [N, E] and [N, D] -> [N, D, G]."""
         x = self.from_context(context)[:, None] + self.level_positions
         prefix = self.embedding(codes[:, :-1]).cumsum(1)
         x = torch.cat([x[:, :1], x[:, 1:] + prefix], dim=1)
-        levels = torch.arange(self.num_levels, device=x.device)[None]
-        return self.block(x, levels)
+        return self.block(x, positions=None)
+
+    def step(self, x_BNG: Tensor, level: int, cache: TransformerCache) -> Tensor:
+        """Logits [B, C] of one level, given its input [B, 1, G]; `cache` holds the levels before."""
+        return self.heads[level](self.block(x_BNG, None, None, cache)[:, 0])
 
     def new_cache(self, batch_size: int) -> TransformerCache:
         """Cache for the levels of one position, reused for every position."""

@@ -9,7 +9,14 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from data_pipeline import CodeDataset, StepLoader, TokenDataset, code_shard_is_done, finish_codes, write_code_shard
+from data_pipeline import (
+    CodeDataset,
+    StepLoader,
+    TokenDataset,
+    code_shard_is_done,
+    finish_codes,
+    write_code_shard,
+)
 from data_pipeline.errors import (
     CodecMismatchError,
     CorruptShardError,

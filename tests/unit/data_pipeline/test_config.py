@@ -14,7 +14,9 @@ def test_defaults_are_the_offline_corpus() -> None:
 
 
 def test_one_path_is_a_list_of_one() -> None:
-    config = DataConfig.model_validate({"directory": "d", "source": {"kind": "parquet", "paths": "a/*.parquet"}})
+    config = DataConfig.model_validate(
+        {"directory": "d", "source": {"kind": "parquet", "paths": "a/*.parquet"}}
+    )
     assert config.source.paths == ("a/*.parquet",)  # type: ignore[union-attr]
     assert config.split_fractions == (0.01, 0.01)
 

@@ -101,7 +101,9 @@ def test_an_edited_manifest_is_refused(copy: Path) -> None:
 
 
 def test_an_unknown_split_is_refused(built: Path) -> None:
-    with pytest.raises(EmptySplitError, match="'training' has no samples; there are: train, validation, test"):
+    with pytest.raises(
+        EmptySplitError, match="'training' has no samples; there are: train, validation, test"
+    ):
         TokenDataset(built, "training")
 
 

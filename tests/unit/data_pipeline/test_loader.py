@@ -32,16 +32,15 @@ class Numbers:
 def take(dataset: Dataset, steps: int, **options: int) -> list[tuple[int, list[int]]]:
     with StepLoader(dataset, **options) as loader:  # type: ignore[arg-type]
         return [
-            (step, batch["sample_index"].tolist()) for _, (step, batch) in zip(range(steps), loader, strict=False)
+            (step, batch["sample_index"].tolist())
+            for _, (step, batch) in zip(range(steps), loader, strict=False)
         ]
 
 
 def joined(dataset: Dataset, steps: int, world_size: int, **options: int) -> list[tuple[int, list[int]]]:
     """The global batches: the ranks' slices one behind the other."""
     ranks = [take(dataset, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
-    return [
-        (parts[0][0], [i for part in parts for i in part[1]]) for parts in zip(*ranks, strict=True)
-    ]
+    return [(parts[0][0], [i for part in parts for i in part[1]]) for parts in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -67,7 +66,9 @@ def test_resuming_is_exact_at_any_step_and_into_any_world(start: int) -> None:
     dataset = Numbers(103)
     uninterrupted = take(dataset, start + 20, global_batch_size=8, seed=5, num_workers=2)
     for world_size in (1, 2, 4):
-        resumed = joined(dataset, 20, world_size, global_batch_size=8, seed=5, start_step=start, num_workers=1)
+        resumed = joined(
+            dataset, 20, world_size, global_batch_size=8, seed=5, start_step=start, num_workers=1
+        )
         assert resumed == uninterrupted[start:]
 
 
@@ -84,7 +85,9 @@ def test_state_says_where_to_go_on() -> None:
 
 
 def test_seeds_give_other_orders() -> None:
-    assert take(Numbers(103), 1, global_batch_size=8, seed=0) != take(Numbers(103), 1, global_batch_size=8, seed=1)
+    assert take(Numbers(103), 1, global_batch_size=8, seed=0) != take(
+        Numbers(103), 1, global_batch_size=8, seed=1
+    )
 
 
 def test_a_billion_samples_start_anywhere_at_once() -> None:

@@ -18,7 +18,9 @@ from data_pipeline.packing import (
 PAD, EOS = 0, 1
 
 
-def pack(lengths: list[int], phases: list[int], sample_length: int, grid: int) -> tuple[list[PackedSample], list]:
+def pack(
+    lengths: list[int], phases: list[int], sample_length: int, grid: int
+) -> tuple[list[PackedSample], list]:
     """Packs documents of distinct tokens, 3 bytes a token (the end-of-text token has none)."""
     packer = Packer(sample_length, grid, PAD, np.dtype("<u2"), first_document=10)
     samples, documents, next_token = [], [], 2

@@ -74,7 +74,7 @@ def test_missing_and_mismatched_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptShardError, match="stale or damaged index of shard s"):
         ShardReader(tmp_path, "s", ARRAYS, 11, entry.file_bytes)
     (tmp_path / "s.index.npy").write_bytes(b"\x80\x04")
-    with pytest.raises(CorruptShardError, match="damaged index"):
+    with pytest.raises(CorruptShardError, match="stale or damaged index"):
         ShardReader(tmp_path, "s", ARRAYS, 11, entry.file_bytes)
     (tmp_path / "s.index.npy").unlink()
     with pytest.raises(MissingShardError, match=r"s\.index\.npy"):
@@ -84,7 +84,7 @@ def test_missing_and_mismatched_files_are_refused(tmp_path: Path) -> None:
 def test_an_index_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     entry = write_token_shard(tmp_path, "s", "k-", make_samples(3), 4)
     np.save(tmp_path / "s.index.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(CorruptShardError, match="damaged index"):
+    with pytest.raises(CorruptShardError, match="stale or damaged index"):
         ShardReader(tmp_path, "s", ARRAYS, 3, entry.file_bytes)
 
 

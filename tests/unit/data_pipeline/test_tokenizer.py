@@ -85,7 +85,9 @@ def test_too_little_text_for_the_vocabulary_is_refused() -> None:
 
 
 def word_tokenizer(directory: Path, **special: str) -> None:
-    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<pad>": 2, "a": 3, "<eod>": 4}, unk_token="<unk>"))
+    raw = Tokenizer(
+        models.WordLevel({"<unk>": 0, "</s>": 1, "<pad>": 2, "a": 3, "<eod>": 4}, unk_token="<unk>")
+    )
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.decoder = decoders.WordPiece()
     PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(directory)

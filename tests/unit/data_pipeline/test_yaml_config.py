@@ -123,7 +123,9 @@ def test_every_mistake_is_listed_with_its_path_and_the_nearest_name() -> None:
 
 
 def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"shape.kind: 'sqare' is not one of circle, square; did you mean square"):
+    with pytest.raises(
+        ConfigError, match=r"shape.kind: 'sqare' is not one of circle, square; did you mean square"
+    ):
         validate(Outer, {"shape": {"kind": "sqare"}}, "x")
     with pytest.raises(ConfigError, match="shape: needs the key 'kind'"):
         validate(Outer, {"shape": {"radius": 1}}, "x")

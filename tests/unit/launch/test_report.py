@@ -67,12 +67,13 @@ REPORT: dict[str, Any] = {
     },
     "rate": {"codes_bits_per_token": 20.0, "log2_vocabulary": 12.0},
     "speed": {
-        "ar_tokens_per_s": 412.0, "latent_tokens_per_s": 1203.0, "speedup": 2.92, "ar_ms": 310.7,
-        "depth_ms": 41.0, "spatial_ms": 52.5, "decode_ms": 12.9, "kept_tokens": 128, "batch_size": 1,
+        "ar_tokens_per_s": 412.0, "latent_tokens_per_s": 1203.0, "speedup": 2.92, "ar_ms": 2.43,
+        "speedup_over_lean_loop": 1.31, "encode_ms": 0.05, "repeats": 5,
+        "depth_ms": 0.32, "spatial_ms": 0.41, "decode_ms": 0.1, "kept_tokens": 128, "batch_size": 1,
         "rows": [
             {"name": "base LM, generate", "tokens_per_s": 412.0, "ms_per_token": 2.43,
-             "speedup_over_generate": 1.0, "layer_calls_per_token": 2, "flops_per_token": 5.6e6,
-             "note": "transformers, dynamic cache"},
+             "spread_ms_per_token": 0.2, "speedup_over_generate": 1.0, "layer_calls_per_token": 2,
+             "flops_per_token": 5.6e6, "note": "transformers, dynamic cache"},
             {"name": "latent, streaming", "tokens_per_s": 1203.0, "ms_per_token": 0.83,
              "speedup_over_generate": 2.92, "layer_calls_per_token": 3.0, "flops_per_token": 4.1e6,
              "note": None},
@@ -171,6 +172,7 @@ def test_numbers_stand_where_a_reader_looks_for_them(html: str) -> None:
     text = " ".join(Page(html).text.split())
     for expected in (
         "Latent decoding is 2.92 times as fast",
+        "Against the leanest autoregressive loop measured here it is 1.31 times as fast",
         "at most 4.61 (a bound); the base LM's are 1.98",
         "no better than a unigram model's 3.21",
         "97.3 % of held-out tokens",
@@ -210,12 +212,12 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_part_may_be_missing_or_alone(run: Path, part: str) -> None:
     for stage in ("base_lm", "rqvae", "rq_transformer"):
         (run / stage / "metrics.jsonl").unlink()
-    without = {key: value for key, value in REPORT.items() if key != part}
-    for content in (without, {part: REPORT[part]}):
-        (run / "report.json").write_text(json.dumps(content))
-        Page(write_report(run).read_text())
-    for missing in REPORT[part] if isinstance(REPORT[part], dict) else ():
-        content = {**REPORT, part: {key: value for key, value in REPORT[part].items() if key != missing}}
+    contents = [{key: value for key, value in REPORT.items() if key != part}, {part: REPORT[part]}]
+    if isinstance(REPORT[part], dict):
+        keys = list(REPORT[part])
+        halves = (keys[::2], keys[1::2])
+        contents += [{**REPORT, part: {key: REPORT[part][key] for key in half}} for half in halves]
+    for content in contents:
         (run / "report.json").write_text(json.dumps(content))
         Page(write_report(run).read_text())
 

@@ -1,0 +1,61 @@
+"""The demo's chain from text to report, at the smallest size, as real processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rqvae import RQVAE, RQTransformer
+from tests.integration.conftest import NANO, run
+
+
+def test_chain_from_text_to_report(tmp_path: Path, nano_corpus: Path) -> None:
+    overrides = [
+        f"run_root={tmp_path}",
+        f"data.directory={tmp_path / 'data'}",
+        f"data.source.paths={nano_corpus}",
+    ]
+    command = [sys.executable, "launch/demo.py", "--config", str(NANO), *overrides]
+    first = run(command, timeout_s=600)
+    assert first.returncode == 0, first.stdout + first.stderr
+
+    project = tmp_path / "demo"
+    report = json.loads((project / "report.json").read_text())
+    bits = report["bits_per_byte"]
+    assert set(bits) == {
+        "uniform",
+        "unigram",
+        "base_lm",
+        "latent_bound",
+        "latent_codes",
+        "latent_reconstruction",
+    }
+    assert bits["latent_bound"] == bits["latent_codes"] + bits["latent_reconstruction"]
+    assert 0 < bits["base_lm"] < bits["uniform"]
+    assert len(report["codebook"]["levels"]) == 3
+    assert len(report["speed"]["rows"]) == 3
+    assert set(report["compute"]) == {"base_lm", "rqvae", "rq_transformer"}
+    assert (project / "report.html").stat().st_size > 10_000
+
+    vae = RQVAE.from_pretrained(project / "model/rqvae")
+    rq_transformer = RQTransformer.from_pretrained(project / "model/rq_transformer")
+    assert rq_transformer.config.codec_hash == vae.codec_hash()
+    AutoModelForCausalLM.from_pretrained(project / "model/base_lm")
+    assert AutoTokenizer.from_pretrained(project / "model/tokenizer").eos_token_id is not None
+
+    again = run(command, timeout_s=120)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("done already") == first.stdout.count(" s\n")
+
+    # Codes of another codec are refused.
+    foreign = run(
+        [
+            *[sys.executable, "launch/train.py", "--config", str(NANO), "--stage", "rq_transformer"],
+            *["name=demo", *overrides, "codec.codebook_size=16"],
+        ]
+    )
+    assert foreign.returncode == 2
+    assert "codes in" in foreign.stderr

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline import TokenDataset, verify
+from data_pipeline.errors import CorruptShardError, DatasetError, NotADatasetError
+
+
+def test_a_sound_directory_has_no_damage(built: Path) -> None:
+    assert verify(built) == []
+
+
+def test_200_bit_flips_are_each_found_and_never_read(built: Path, copy: Path) -> None:
+    """Whatever bit of a shard or index flips: reading gives the true samples or an error, and verify names it."""
+    truth = TokenDataset(built, "validation")
+    everything = range(len(truth))
+    expected = truth.read(everything)
+    files = sorted((copy / "validation").iterdir())
+    generator = random.Random(3)
+    errors = 0
+    for flip in range(200):
+        path = generator.choice(files)
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        shard = path.name.partition(".")[0]
+        if flip % 10 == 0:  # it hashes everything, so that some are enough
+            assert any(shard in line for line in verify(copy))
+        try:
+            batch = TokenDataset(copy, "validation").read(everything)
+        except CorruptShardError as error:
+            errors += 1
+            assert shard in str(error)
+        else:  # the flip hit a tar header, padding, or a member's description
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        path.write_bytes(original)
+    assert errors > 100
+    assert verify(copy) == []
+
+
+@pytest.mark.parametrize("where", ["data", "header", "member boundary", "end blocks"])
+def test_cuts_are_found(copy: Path, where: str) -> None:
+    import tarfile
+
+    path = copy / "train/shard-000001.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    size = {
+        "data": members[5].offset_data + 100,
+        "header": members[5].offset + 200,
+        "member boundary": members[6].offset,
+        "end blocks": path.stat().st_size - 512,
+    }[where]
+    with path.open("r+b") as file:
+        file.truncate(size)
+    damage = verify(copy)
+    assert any(line.startswith(str(path)) for line in damage)
+    assert any("bytes where the manifest says" in line for line in damage)
+    with pytest.raises(CorruptShardError, match=r"shard-000001\.tar: .* cut or replaced"):
+        TokenDataset(copy, "train").read([250])
+
+
+def test_swapped_missing_and_stale_files_are_found(copy: Path) -> None:
+    train = copy / "train"
+    shutil.move(train / "shard-000000.tar", copy / "x")
+    shutil.move(train / "shard-000001.tar", train / "shard-000000.tar")
+    shutil.move(copy / "x", train / "shard-000001.tar")
+    shutil.copy(train / "shard-000003.index.npy", train / "shard-000002.index.npy")
+    (train / "shard-000003.tar").unlink()
+    (copy / "validation/notes.txt").write_text("x")
+    text = "\n".join(verify(copy))
+    for expected in (
+        "shard-000000.tar: damaged, swapped or cut",
+        "shard-000001.tar: damaged, swapped or cut",
+        "200 of 200 samples cannot be read: 0, 1, 2",
+        "shard-000002.index.npy: damaged",
+        "shard-000002.tar: 200 of 200 samples cannot be read",
+        "shard-000003.tar: missing",
+        "notes.txt: not in the manifest",
+    ):
+        assert expected in text
+
+
+def test_another_tokenizer_is_found(copy: Path) -> None:
+    path = copy / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|dap|>"))
+    assert any("not the tokenizer that the shards were made with" in line for line in verify(copy))
+    path.unlink()
+    assert any("no tokenizer.json" in line for line in verify(copy))
+
+
+def test_the_damaged_sample_is_named(built: Path, copy: Path) -> None:
+    row = TokenDataset(built, "train").read([207])["input_ids"][0].numpy().astype("<u2").tobytes()
+    path = copy / "train/shard-000001.tar"
+    path.write_bytes(path.read_bytes().replace(row, row[::-1], 1))
+    assert any(line == f"{path}: 1 of 200 samples cannot be read: 7" for line in verify(copy))
+
+
+def test_without_a_manifest_there_is_nothing_to_check_against(tmp_path: Path) -> None:
+    with pytest.raises(NotADatasetError):
+        verify(tmp_path)
+    assert issubclass(NotADatasetError, DatasetError)
