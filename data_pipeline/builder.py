@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import BPETokenizerConfig, DataConfig
+from data_pipeline.config import BPETokenizerConfig, DataConfig, PretrainedTokenizerConfig
 from data_pipeline.errors import CorruptShardError, DatasetError, NotADatasetError, SourceError
 from data_pipeline.files import sha256_file, sha256_json, sync_directory, write_json
 from data_pipeline.manifest import (
@@ -35,7 +35,14 @@ from data_pipeline.packing import PackedSample, Packer, document_phase
 from data_pipeline.progress import Progress
 from data_pipeline.shards import index_path, samples_per_member, tar_path, write_token_shard
 from data_pipeline.sources import Document, Source, open_source
-from data_pipeline.tokenizer import DocumentTokenizer, EncodedDocument, copy_pretrained, save_bpe, train_bpe
+from data_pipeline.tokenizer import (
+    DocumentTokenizer,
+    EncodedDocument,
+    copy_pretrained,
+    pretrained_identity,
+    save_bpe,
+    train_bpe,
+)
 
 _WORK_FOLDER = ".build"
 _BATCH_DOCUMENTS = 4096
@@ -105,6 +112,8 @@ class _Job:
         if not self.source.units():
             raise SourceError("the source holds no files")
         self.identity = self.source.identity()
+        if isinstance(config.tokenizer, PretrainedTokenizerConfig):
+            self.identity = sha256_json([self.identity, pretrained_identity(config.tokenizer)])
         self.work = self.directory / _WORK_FOLDER / sha256_json([_config_values(config), self.identity])[:16]
 
     def finished(self, replace: bool) -> Manifest | None:
@@ -130,7 +139,7 @@ class _Job:
                     self.directory / _WORK_FOLDER, ignore_errors=True
                 )  # of a merge killed at its end
                 return manifest
-            what = "other text" if same_config else "another configuration"
+            what = "other text or another tokenizer" if same_config else "another configuration"
             problem = f"holds token shards of {what}"
         except CorruptShardError as error:
             problem = str(error)
@@ -222,6 +231,8 @@ class _Job:
         final = self.directory / "tokenizer"
         shutil.rmtree(final, ignore_errors=True)
         shutil.copytree(self.work / "tokenizer", final)
+        for partial in self.directory.glob(".*.partial"):
+            partial.unlink()  # of a merge that was killed
         write_json(self.directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
         shutil.rmtree(self.directory / _WORK_FOLDER, ignore_errors=True)
         return manifest
@@ -352,13 +363,15 @@ class _SplitWriter:
         )
 
 
-def build_unit(config: DataConfig, source: Source, work: Path, unit: int) -> None:
+def build_unit(
+    config: DataConfig, source: Source, work: Path, unit: int, *, show_progress: bool = True
+) -> None:
     """Writes the shards of one unit of the source, and its record last."""
     tokenizer = DocumentTokenizer(work / "tokenizer")
     folder = work / f"unit-{unit:06d}"
     shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
     writers = {split: _SplitWriter(config, tokenizer, unit, folder / split) for split in SPLITS}
-    with Progress("tokenizing and packing", "documents") as progress:
+    with Progress("tokenizing and packing", "documents", shown=show_progress) as progress:
         for documents, encoded in _encoded(source.read(unit), tokenizer):
             for document, tokens in zip(documents, encoded, strict=True):
                 writers[document.split].add(document, tokens)
@@ -378,4 +391,4 @@ def _one_thread_each() -> None:
 
 
 def _build_unit_in_process(config: DataConfig, work: Path, unit: int) -> None:
-    build_unit(config, open_source(config), work, unit)
+    build_unit(config, open_source(config), work, unit, show_progress=False)

@@ -66,7 +66,8 @@ class SourceEntry(StrictModel):
     content_hash: str
     """Hash of the documents, or of the files they were read from."""
     identity: str
-    """Cheap hash of the source as it lies there; a finished build is skipped while it stays the same."""
+    """Cheap hash of the source as it lies there, and of a pretrained tokenizer; a finished build is skipped
+    while it stays the same."""
 
 
 class Manifest(StrictModel):

@@ -17,13 +17,15 @@ class Progress:
         label: what is being done.
         unit: what is counted.
         total: how many there will be, if that is known.
+        shown: False counts in silence.
     """
 
-    def __init__(self, label: str, unit: str, total: int | None = None) -> None:
+    def __init__(self, label: str, unit: str, total: int | None = None, *, shown: bool = True) -> None:
         self._label, self._unit, self._total = label, unit, total
         self._count = 0
         self._began = self._last_line = time.monotonic()
-        terminal = sys.stderr.isatty()
+        self._shown = shown
+        terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True) if terminal else None
 
     def update(self, count: int = 1) -> None:
@@ -31,7 +33,7 @@ class Progress:
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._last_line > _LINE_INTERVAL_S:
+        elif self._shown and time.monotonic() - self._last_line > _LINE_INTERVAL_S:
             self._last_line = time.monotonic()
             of_total = f" of {self._total:,}" if self._total is not None else ""
             seconds = self._last_line - self._began

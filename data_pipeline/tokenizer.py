@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -58,21 +59,26 @@ class DocumentTokenizer:
     Special tokens that are spelt out in a text are read as plain text, so that only the end of a document is
     an end-of-text token.
 
+    Args:
+        directory: written by `save_bpe` or `copy_pretrained`.
+
     Attributes:
         vocab_size: token ids are below it.
         sha256: hash of everything that decides the ids.
     """
 
     def __init__(self, directory: Path) -> None:
-        fast = load_fast_tokenizer(directory)
-        tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
+        # without transformers, which takes seconds to load a large vocabulary, once for every process
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        special = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.eos_token_id: int = fast.eos_token_id
-        self.pad_token_id: int = fast.pad_token_id
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        vocabulary = tokenizer.get_vocab()
+        self.eos_token_id = vocabulary[special["eos_token"]]
+        self.pad_token_id = vocabulary[special["pad_token"]]
+        self.vocab_size = max(vocabulary.values()) + 1
         self.sha256 = tokenizer_hash(directory, self.eos_token_id, self.pad_token_id)
 
     def encode(self, texts: list[str]) -> list[EncodedDocument]:
@@ -145,6 +151,12 @@ def train_bpe(texts: Iterable[str], config: BPETokenizerConfig) -> Tokenizer:
             f"{config.vocab_size} asked for: use more text or a smaller vocabulary"
         )
     return tokenizer
+
+
+def pretrained_identity(config: PretrainedTokenizerConfig) -> str:
+    """Tells one tokenizer from another without loading it: its bytes, or where it has none here its name."""
+    path = Path(config.path) / "tokenizer.json"
+    return sha256_file(path) if path.is_file() else config.path
 
 
 def save_bpe(tokenizer: Tokenizer, directory: Path) -> None:

@@ -53,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = ["name=demo", *args.overrides]
     try:
         config = load_config(args.config, overrides=overrides)
+        if not only(args.overrides, "data.directory="):
+            # The demo keeps everything in one place.
+            overrides.append(f"data.directory={project_directory(config) / 'data'}")
+            config = load_config(args.config, overrides=overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

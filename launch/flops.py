@@ -64,12 +64,13 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     )
     projection = 2 * config.latent_dim * config.codebook_dim / factor
     search = 2 * config.codebook_dim * sum(config.codebook_sizes) / factor
-    side = resample + refinement + projection
+    encoder_side = 2 * resample + refinement + projection + search  # reads states and embeddings
+    decoder_side = resample + refinement + projection
     return CodecFlops(
         backbones=2 * one_backbone + head(architecture),
-        new_layers=2 * side + search,
-        encode=one_backbone + side + search,
-        decode=one_backbone + side + head(architecture),
+        new_layers=encoder_side + decoder_side,
+        encode=one_backbone + encoder_side,
+        decode=one_backbone + decoder_side + head(architecture),
     )
 
 

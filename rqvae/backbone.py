@@ -29,7 +29,6 @@ def huggingface_config(architecture: ArchitectureConfig) -> PretrainedConfig:
     """The `transformers` config of an architecture."""
     config = AutoConfig.for_model(architecture.model_type, **architecture.to_huggingface())
     config._attn_implementation = "sdpa"
-    config.use_cache = False  # caches are asked for explicitly, at generation
     return config
 
 
@@ -56,6 +55,7 @@ def run_backbone(backbone: nn.Module, embeddings: Tensor, document_ids: Tensor) 
         inputs_embeds=embeddings,
         attention_mask=causal_document_mask(document_ids, document_ids),
         position_ids=positions_in_documents(document_ids),
+        use_cache=False,
     ).last_hidden_state
 
 

@@ -155,6 +155,15 @@ class RQTransformerConfig(RQTransformerShape):
     codec_hash: str | None = None
     """Hash of the codec whose codes it was trained on; generation refuses another codec."""
 
+    @model_validator(mode="after")
+    def _one_size_per_level(self) -> RQTransformerConfig:
+        if not isinstance(self.codebook_size, int) and len(self.codebook_size) != self.codebook_levels:
+            raise ValueError(
+                f"codebook_size lists {len(self.codebook_size)} sizes for "
+                f"codebook_levels={self.codebook_levels}"
+            )
+        return self
+
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """C of every level."""

@@ -20,7 +20,7 @@ def chunk_documents(document_ids: Tensor, compression_factor: int) -> Tensor:
 
 
 class TextEncoder(nn.Module):
-    """Causal backbone, strided convolution, causal refinement, projection to the codebook space.
+    """Causal backbone, strided convolution over its states and the token embeddings, causal refinement, projection.
 
     Latent j depends on tokens before (j + 1) K of its own document only, so that the latents of a prompt
     do not depend on what follows it.
@@ -33,8 +33,11 @@ class TextEncoder(nn.Module):
         self.backbone = build_backbone(config.backbone.architecture, with_embeddings=True)
         # Stands for the places of a chunk that hold no token. The backbone's own output there would
         # depend on whatever else is packed into the sample.
-        self.absent_token = nn.Parameter(torch.randn(hidden) * 0.02)
-        self.downsample = Downsample(hidden, config.latent_dim, config.compression_factor)
+        self.absent_token = nn.Parameter(torch.randn(2 * hidden) * 0.02)
+        # The last states of a language model tell the next token better than their own; the embeddings beside
+        # them spare the backbone carrying the tokens through (token accuracy 0.26 against 0.21 after 50 steps).
+        self.embedding_norm = nn.LayerNorm(hidden, bias=False)
+        self.downsample = Downsample(2 * hidden, config.latent_dim, config.compression_factor)
         self.refinement = TransformerBlock(
             config.latent_dim, config.num_latent_layers, config.latent_head_dim, 8 / 3, 1e4
         )
@@ -52,6 +55,7 @@ class TextEncoder(nn.Module):
         """
         embeddings = self.backbone.get_input_embeddings()(input_ids)
         hidden = run_backbone(self.backbone, embeddings, document_ids)
+        hidden = torch.cat([hidden, self.embedding_norm(embeddings)], dim=-1)
         hidden = torch.where((document_ids > 0)[..., None], hidden, self.absent_token.to(hidden.dtype))
         latents = self.downsample(hidden)
         documents = chunk_documents(document_ids, self.compression_factor)

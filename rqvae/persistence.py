@@ -49,7 +49,7 @@ def load_model(model_class: type[Model], config_class: type[BaseModel], director
             f"'{directory}' has format version {content.get('format_version')}, this is {FORMAT_VERSION}"
         )
     try:
-        config = config_class.model_validate(content["config"])
+        config = config_class.model_validate(content.get("config"))
     except ValidationError as error:
         raise ValueError(f"'{directory}/config.json' is not valid: {error}") from error
     model = model_class(config)
@@ -61,15 +61,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The parsed `config.json` of a model directory.
 
     Raises:
-        ValueError: it is missing or not JSON.
+        ValueError: it is missing or not a JSON object.
     """
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"'{directory}' is not a model directory: no config.json in it") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bad JSON, or not even text
         raise ValueError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' is not JSON of a model: it holds a {type(content).__name__}")
+    return content
 
 
 def load_tensors(model: nn.Module, directory: Path) -> None:

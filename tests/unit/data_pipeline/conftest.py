@@ -13,10 +13,11 @@ import pytest
 from data_pipeline.builder import build
 from data_pipeline.config import DataConfig
 
-WORDS = (
-    "the a of graph node returns value naïve 模型 matrix shape tensor array déjà vu 🙂 index of each row column "
-    "weights applied before after softmax layer and or not if else while loops over batch dimension size"
-).split()
+_VOCABULARY = """
+    the a of graph node returns value naïve 模型 matrix shape tensor array déjà vu 🙂 index of each row column
+    weights applied before after softmax layer and or not if else while loops over batch dimension size
+"""
+WORDS = _VOCABULARY.split()
 
 
 def make_text(generator: random.Random, num_words: int) -> str:

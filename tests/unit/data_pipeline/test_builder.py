@@ -283,6 +283,10 @@ def test_a_pretrained_tokenizer_with_a_large_vocabulary_takes_32_bits(
     assert ours.read([0, 9])["input_ids"].tolist() == theirs.read([0, 9])["input_ids"].tolist()
     assert load_tokenizer(tmp_path / "tokens").eos_token_id == 0
     assert verify(tmp_path / "tokens") == []
+    assert build(config) == manifest
+    path.write_text(json.dumps(values, indent=1))
+    with pytest.raises(DatasetError, match="holds token shards of other text or another tokenizer"):
+        build(config)
 
 
 def test_a_source_that_is_filtered_to_nothing_is_refused(

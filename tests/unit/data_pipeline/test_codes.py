@@ -71,7 +71,7 @@ def test_codes_are_joined_by_the_sample_index(built: Path, codes: Path) -> None:
     assert batch["codes"].tolist() == np.concatenate([codes_of(range(i, i + 1)) for i in indices]).tolist()
     assert torch.equal(batch["input_ids"], tokens.read(indices)["input_ids"])
     with StepLoader(dataset, global_batch_size=4) as loader:
-        step, batch = next(loader)
+        _, batch = next(loader)
         assert batch["codes"].shape == (4, 8, 2)
 
 

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import random
+import signal
+import time
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +59,7 @@ def test_order_does_not_depend_on_workers_or_world_size(world_size: int, num_wor
 
 def test_every_sample_once_an_epoch_and_the_tail_dropped_for_all() -> None:
     batches = take(Numbers(103), 36, global_batch_size=8, seed=1, num_workers=1)
-    epochs = [sum((ids for _, ids in batches[first : first + 12]), []) for first in (0, 12, 24)]
+    epochs = [[number for _, ids in batches[first : first + 12] for number in ids] for first in (0, 12, 24)]
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch) == 96
     # what is dropped differs, so over the epochs nothing is left out
@@ -70,6 +76,32 @@ def test_resuming_is_exact_at_any_step_and_into_any_world(start: int) -> None:
             dataset, 20, world_size, global_batch_size=8, seed=5, start_step=start, num_workers=1
         )
         assert resumed == uninterrupted[start:]
+
+
+def _consume(dataset: Dataset, start_step: int, stop_at: int, log: Path) -> None:
+    """Trains, so to speak: one line of ids a step, until it is killed without warning."""
+    loader = StepLoader(dataset, global_batch_size=8, seed=9, start_step=start_step, num_workers=2)
+    with log.open("a") as file:
+        for step, batch in loader:
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write(f"{batch['sample_index'].tolist()}\n")
+            file.flush()
+
+
+def test_killed_at_20_random_steps_the_same_ids_are_consumed(built: Path, tmp_path: Path) -> None:
+    dataset = TokenDataset(built, "validation")
+    log = tmp_path / "ids"
+    stops = sorted(random.Random(4).sample(range(1, 6 * len(dataset) // 8), 20))
+    start = 0
+    for stop in stops:
+        child = multiprocessing.get_context("fork").Process(target=_consume, args=(dataset, start, stop, log))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        start = stop
+    expected = take(dataset, stops[-1], global_batch_size=8, seed=9, num_workers=0)
+    assert log.read_text().splitlines() == [str(ids) for _, ids in expected]
 
 
 def test_state_says_where_to_go_on() -> None:
@@ -91,9 +123,6 @@ def test_seeds_give_other_orders() -> None:
 
 
 def test_a_billion_samples_start_anywhere_at_once() -> None:
-    import time
-    import tracemalloc
-
     dataset = Numbers(10**9)
     tracemalloc.start()
     began = time.perf_counter()

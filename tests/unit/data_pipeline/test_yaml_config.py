@@ -31,8 +31,8 @@ class Inner(StrictModel):
 class Outer(StrictModel):
     train: Inner = Inner()
     shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle(radius=1)
-    many: list[Inner] = []
-    by_name: dict[str, Inner] = {}
+    many: list[Inner] = Field(default=[])
+    by_name: dict[str, Inner] = Field(default={})
 
 
 def write(path: Path, text: str) -> Path:

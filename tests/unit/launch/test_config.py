@@ -113,7 +113,7 @@ def test_mistakes_across_fields_are_reported_beside_misspelt_keys(tmp_path: Path
         ),
         (
             ["data.tokenizer.vocab_size=8000"],
-            "data.tokenizer.vocab_size: 8000 tokens do not fit into the 4096",
+            "data.tokenizer.vocab_size: 8000 tokens do not fit into the 1024",
         ),
         (["data.sample_length=4096"], "data.sample_length: 4096 exceeds"),
         (["train.warmup_steps=601"], "train.warmup_steps: 601 exceeds steps=600"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from launch.config import RunConfig, load_config
 from launch.tracking import MetricsLog, Tracker, read_metrics, wandb_mode
@@ -120,6 +121,9 @@ def test_an_offline_run_and_its_resume_are_read_back(tmp_path: Path) -> None:
     with Tracker(tmp_path, config("auto"), "rqvae", rank=0, resume_step=2) as tracker:
         tracker.log(train_line(3, **{"codebook/perplexity_0": math.nan}))
 
+    # `finish` may return before wandb's own process has written its last records; leaving Python waits for it, and
+    # so does this.
+    wandb.teardown()
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     segments = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [path.name for path in segments] == [f"run-{run_id}.wandb"] * 2

@@ -147,8 +147,8 @@ def test_kmeans_moves_empty_clusters() -> None:
         int(sum_by_code(vectors, nearest(vectors, centroids), 32)[0].count_nonzero())
         for centroids in (kmeans(vectors, 32, n, torch.Generator().manual_seed(0)) for n in (0, 20))
     ]
-    assert used[0] <= 16
-    assert used[1] >= 28
+    assert used[0] <= 26
+    assert used[1] == 32
 
 
 @pytest.mark.parametrize("num_vectors", [1, 3, 8])

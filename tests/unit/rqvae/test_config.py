@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rqvae import RQTransformerConfig, RQVAEConfig
+from rqvae.config import ArchitectureConfig
+
+
+def test_reading_a_configuration_does_not_import_torch() -> None:
+    code = (
+        "import sys; import rqvae; from rqvae import RQVAEConfig, RQTransformerConfig; "
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_codebook_size_counts_for_all_levels(make_codec_config: Callable[..., RQVAEConfig]) -> None:
+    assert make_codec_config(codebook_size=16, codebook_levels=3).codebook_sizes == (16, 16, 16)
+    assert make_codec_config(codebook_size=[16, 8, 4]).codebook_sizes == (16, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook_size": (16, 8)}, "lists 2 sizes for codebook_levels=3"),
+        ({"codebook_size": 1}, "at least 2 entries"),
+        ({"codebook_size": (16, 8, 1)}, "at least 2 entries"),
+        ({"latent_dim": 40}, "latent_dim .40. must be a multiple of latent_head_dim .16."),
+        ({"compression_factor": 0}, "greater than 0"),
+        ({"codebook_sizes": 3}, "codebook_sizes"),
+        ({"quantizer": {"ema_decay": 1.0}}, "less than 1"),
+    ],
+)
+def test_an_impossible_codec_is_refused(
+    make_codec_config: Callable[..., RQVAEConfig], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make_codec_config(**changes)
+
+
+def test_an_impossible_architecture_is_refused(make_architecture: Callable[..., ArchitectureConfig]) -> None:
+    with pytest.raises(ValidationError, match="must be a multiple of num_key_value_heads"):
+        make_architecture(num_attention_heads=3, num_key_value_heads=2)
+    with pytest.raises(ValidationError, match="model_type"):
+        make_architecture(model_type="bert")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spatial_dim": 40}, "spatial_dim .40. must be a multiple of head_dim"),
+        ({"depth_dim": 40}, "depth_dim .40. must be a multiple of head_dim"),
+        ({"codebook_size": (8, 8)}, "lists 2 sizes for codebook_levels=3"),
+    ],
+)
+def test_an_impossible_latent_model_is_refused(changes: dict[str, Any], message: str) -> None:
+    values = {"compression_factor": 4, "codebook_levels": 3, "codebook_size": 16, "head_dim": 16}
+    RQTransformerConfig.model_validate(values)
+    with pytest.raises(ValidationError, match=message):
+        RQTransformerConfig.model_validate(values | changes)

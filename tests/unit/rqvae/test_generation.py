@@ -1,0 +1,200 @@
+"""Generation against a plain reference that knows no cache, no batch and no blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from rqvae import RQVAE, LatentGenerator, RQTransformer
+from rqvae import generation as module
+from rqvae.generation import sample
+
+Make = Callable[..., Any]
+FACTOR, LEVELS = 4, 3
+LENGTHS = [0, 1, FACTOR - 1, FACTOR, FACTOR + 1, 8 * FACTOR + 1]
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=str)
+def generator(
+    request: pytest.FixtureRequest,
+    make_codec: Make,
+    make_latent_model: Make,
+    tokenizer: PreTrainedTokenizerFast,
+) -> LatentGenerator:
+    return LatentGenerator(make_codec(request.param), make_latent_model(dtype=request.param), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokens: Make) -> list[list[int]]:
+    return [tokens(length, seed=length).tolist() for length in LENGTHS]
+
+
+@torch.no_grad()
+def reference(
+    codec: RQVAE, latent_model: RQTransformer, prompt: list[int], num_latents: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy codes [S, D] and all their tokens [S * K], everything computed anew for every code."""
+    padding = -len(prompt) % FACTOR
+    ids = F.pad(torch.tensor([prompt], dtype=torch.long), (padding, 0))
+    mask = F.pad(torch.ones(1, len(prompt), dtype=torch.long), (padding, 0))
+    codes = codec.encode(ids, mask) if prompt else torch.zeros(1, 0, LEVELS, dtype=torch.long)
+    num_prompt = codes.shape[1]
+    for _ in range(num_latents):
+        codes = torch.cat([codes, torch.zeros(1, 1, LEVELS, dtype=torch.long)], dim=1)
+        for level in range(LEVELS):
+            logits = latent_model(codes, return_logits=True).logits[level]
+            codes[0, -1, level] = logits[0, -1].argmax()
+    return codes[0, num_prompt:], codec.decode(codes).argmax(-1)[0, num_prompt * FACTOR :]
+
+
+@pytest.mark.parametrize("index", range(len(LENGTHS)), ids=[f"length {n}" for n in LENGTHS])
+def test_greedy_generation_equals_the_reference(
+    generator: LatentGenerator, prompts: list[list[int]], index: int
+) -> None:
+    out = generator.generate_tokens([prompts[index]], 6 * FACTOR, stop_at_end_of_text=False)
+    codes, ids = reference(generator.vae, generator.rq_transformer, prompts[index], 6)
+    assert torch.equal(out.codes[0], codes)
+    assert out.token_ids == [ids.tolist()]
+    # All tokens are codes of what was generated; a stuck model would prove little.
+    assert codes.unique(dim=0).shape[0] >= 3
+
+
+def test_greedy_codes_are_the_most_likely_under_teacher_forcing(
+    generator: LatentGenerator, prompts: list[list[int]]
+) -> None:
+    prompt = prompts[3] * 2
+    out = generator.generate_tokens([prompt], 10 * FACTOR, stop_at_end_of_text=False)
+    prompt_codes = generator.vae.encode(torch.tensor([prompt]))
+    all_codes = torch.cat([prompt_codes, out.codes], dim=1)
+    scored = generator.rq_transformer(all_codes)
+    assert scored.correct[:, prompt_codes.shape[1] :].all()
+
+
+def test_a_ragged_batch_equals_its_prompts_alone(
+    generator: LatentGenerator, prompts: list[list[int]]
+) -> None:
+    together = generator.generate_tokens(prompts, 30, stop_at_end_of_text=False)
+    for row, prompt in enumerate(prompts):
+        alone = generator.generate_tokens([prompt], 30, stop_at_end_of_text=False)
+        assert torch.equal(alone.codes[0], together.codes[row]), LENGTHS[row]
+        assert alone.token_ids[0] == together.token_ids[row], LENGTHS[row]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 3, 4, 5, 9])
+def test_any_number_of_new_tokens(
+    generator: LatentGenerator, prompts: list[list[int]], max_new_tokens: int
+) -> None:
+    full = generator.generate_tokens(prompts, 12, stop_at_end_of_text=False)
+    out = generator.generate_tokens(prompts, max_new_tokens, stop_at_end_of_text=False)
+    assert out.codes.shape == (len(prompts), math.ceil(max_new_tokens / FACTOR), LEVELS)
+    assert out.token_ids == [ids[:max_new_tokens] for ids in full.token_ids]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_decoding_in_blocks_changes_nothing(
+    generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    assert generator.tokenizer.eos_token_id == 1
+    in_one = generator.generate_tokens(prompts, 28, stop_at_end_of_text=False)
+    monkeypatch.setattr(module, "DECODE_BLOCK", block)
+    # Without end-of-text in the texts, stopping at it only makes the decoder run block by block.
+    end = next(i for i in range(97) if all(i not in ids for ids in in_one.token_ids))
+    monkeypatch.setattr(generator.tokenizer, "eos_token", generator.tokenizer.convert_ids_to_tokens(end))
+    in_blocks = generator.generate_tokens(prompts, 28)
+    assert in_blocks.token_ids == in_one.token_ids
+    assert torch.equal(in_blocks.codes, in_one.codes)
+
+
+def end_at(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, token_id: int) -> None:
+    monkeypatch.setattr(tokenizer, "eos_token", tokenizer.convert_ids_to_tokens(token_id))
+    assert tokenizer.eos_token_id == token_id
+
+
+def test_texts_stop_before_end_of_text(
+    generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = generator.generate_tokens(prompts, 30, stop_at_end_of_text=False).token_ids
+    end = full[0][9]
+    end_at(monkeypatch, generator.tokenizer, end)
+    out = generator.generate_tokens(prompts, 30).token_ids
+    for ids, all_ids in zip(out, full, strict=True):
+        assert ids == (all_ids[: all_ids.index(end)] if end in all_ids else all_ids)
+    assert len(out[0]) <= 9
+
+
+def test_generation_stops_when_every_text_has_ended(
+    generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DECODE_BLOCK", 2)
+    prompt = prompts[-1]
+    full = generator.generate_tokens([prompt], 64, stop_at_end_of_text=False)
+    end = full.token_ids[0][10]
+    end_at(monkeypatch, generator.tokenizer, end)
+    first = full.token_ids[0].index(end)
+    out = generator.generate_tokens([prompt], 64)
+    blocks = first // FACTOR // 2 + 1
+    assert out.codes.shape[1] == 2 * blocks < 16
+    assert out.token_ids[0] == full.token_ids[0][:first]
+    # An end of text in the prompt ends nothing.
+    again = generator.generate_tokens([[*prompt, end, prompt[0], prompt[1], prompt[2]]], 4)
+    assert again.codes.shape[1] == 1
+
+
+def test_the_seed_decides_the_sample(generator: LatentGenerator, prompts: list[list[int]]) -> None:
+    def draw(seed: int, temperature: float = 1.0) -> Tensor:
+        torch.manual_seed(torch.seed() % 2**32)  # the global state must not matter
+        return generator.generate_tokens(prompts, 20, temperature, seed, stop_at_end_of_text=False).codes
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(draw(0, 0.0), draw(1, 0.0))
+    assert torch.equal(draw(0, 1e-4), draw(1, 0.0))  # a low temperature is nearly greedy
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_distribution(temperature: float) -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    draws = sample(logits.expand(20000, 4), temperature, torch.Generator().manual_seed(0))
+    shares = torch.bincount(draws, minlength=4) / 20000
+    torch.testing.assert_close(shares, (logits / temperature).softmax(0), atol=0.015, rtol=0)
+    assert sample(logits[None], 0, None).tolist() == [2]
+
+
+def test_texts_in_and_out(generator: LatentGenerator, prompts: list[list[int]]) -> None:
+    texts = [generator.tokenizer.decode(ids) for ids in prompts]
+    out = generator.generate(texts, max_new_tokens=7)
+    expected = generator.generate_tokens(prompts, 7).token_ids
+    assert out == [generator.tokenizer.decode(ids) for ids in expected]
+    assert any(out)
+
+
+def test_timing_covers_the_parts(generator: LatentGenerator, prompts: list[list[int]]) -> None:
+    timing = generator.generate_tokens(prompts, 8).timing
+    assert all(seconds > 0 for seconds in timing)
+
+
+def test_bad_calls_are_errors(generator: LatentGenerator) -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        generator.generate_tokens([], 4)
+    with pytest.raises(ValueError, match="max_new_tokens >= 1"):
+        generator.generate_tokens([[3]], 0)
+
+
+def test_the_codes_of_another_codec_are_refused(
+    make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    codec = make_codec(torch.float32)
+    own = make_latent_model(dtype=torch.float32, codec_hash=codec.codec_hash())
+    LatentGenerator(codec, own, tokenizer)
+    other = make_codec(torch.float32, seed=5)
+    with pytest.raises(ValueError, match="trained on codes of codec") as caught:
+        LatentGenerator(other, own, tokenizer)
+    assert codec.codec_hash()[:12] in str(caught.value)
+    assert other.codec_hash()[:12] in str(caught.value)
