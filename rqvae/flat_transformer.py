@@ -49,6 +49,8 @@ class FlatTransformer(nn.Module):
     ) -> RQTransformerOutput:
         """Likelihood of codes under teacher forcing; arguments as in `RQTransformer.forward`."""
         batch, positions, levels = codes.shape
+        if levels != self.config.codebook_levels:
+            raise ValueError(f"codes have {levels} levels, the model has {self.config.codebook_levels}")
         if document_ids is None:
             document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
         real = document_ids > 0

@@ -100,6 +100,7 @@ class LatentGenerator:
         """
         if not prompt_ids or max_new_tokens < 1:
             raise ValueError("needs at least one prompt and max_new_tokens >= 1")
+        stop_at_end_of_text &= self.tokenizer.eos_token_id is not None
         watch = _StopWatch(self._device)
         input_ids, token_documents = self._pad_prompts(prompt_ids)
         documents = token_documents.view(len(prompt_ids), -1, self.compression_factor).amax(-1)  # [B, P]

@@ -57,6 +57,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """Rank 0's values on all ranks, in place; nothing to do in a single process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def gather_rows(rows: Tensor, chosen: Callable[[int], Tensor]) -> Tensor:
     """Rows of the joined batch of all ranks, in rank order, without gathering the whole of it.
 
@@ -162,7 +169,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def initialize(self, vectors: Tensor, num_iterations: int, generator: torch.Generator) -> None:
         """k-means on `vectors` [N, E], the same on all ranks."""
-        self.codebook.copy_(kmeans(vectors, self.codebook_size, num_iterations, generator))
+        # Equal vectors do not make equal bits: sums run in another order on another device.
+        self.codebook.copy_(from_first_rank(kmeans(vectors, self.codebook_size, num_iterations, generator)))
         uniform = torch.ones_like(self.ema_cluster_size)
         self.ema_cluster_size.copy_(uniform)
         self.ema_embed_sum.copy_(self.codebook)
@@ -313,17 +321,10 @@ class ResidualQuantizer(nn.Module):
         Returns:
             Codes re-seeded per level.
         """
-        device = self.levels[0].codebook.device
-        residuals = (
-            torch.cat([r for r, _ in self._pending])
-            if self._pending
-            else torch.zeros(0, len(self.levels), self.dim, device=device)
-        )
-        codes = (
-            torch.cat([c for _, c in self._pending])
-            if self._pending
-            else torch.zeros(0, len(self.levels), dtype=torch.long, device=device)
-        )
+        # In front of what was seen stands nothing, in the right type, for a rank that has seen nothing.
+        nothing = self.levels[0].codebook.new_zeros(0, len(self.levels), self.dim)
+        residuals = torch.cat([nothing, *(r for r, _ in self._pending)])
+        codes = torch.cat([nothing[..., 0].long(), *(c for _, c in self._pending)])
         self._pending.clear()
         parts: list[Tensor] = []
         for i, level in enumerate(self.levels):

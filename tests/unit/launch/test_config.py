@@ -116,11 +116,11 @@ def test_mistakes_across_fields_are_reported_beside_misspelt_keys(tmp_path: Path
             "data.tokenizer.vocab_size: 8000 tokens do not fit into the 1024",
         ),
         (["data.sample_length=4096"], "data.sample_length: 4096 exceeds"),
-        (["train.warmup_steps=601"], "train.warmup_steps: 601 exceeds steps=600"),
-        (["stages.rqvae.frozen_steps=1501"], "stages.rqvae.frozen_steps: 1501 exceeds steps=1500"),
+        (["train.warmup_steps=601"], "train.warmup_steps: 601 exceeds steps=400"),
+        (["stages.rqvae.frozen_steps=9999"], "stages.rqvae.frozen_steps: 9999 exceeds steps=650"),
         (
-            ["stages.rqvae.switch_warmup_steps=1400"],
-            "stages.rqvae.switch_warmup_steps: 1400 exceeds the 1300",
+            ["stages.rqvae.switch_warmup_steps=9999"],
+            "stages.rqvae.switch_warmup_steps: 9999 exceeds the 610",
         ),
         (
             ["stages.base_lm.frozen_steps=10"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,14 @@ def reference(
     return codes[0, num_prompt:], codec.decode(codes).argmax(-1)[0, num_prompt * FACTOR :]
 
 
+def end_at(monkeypatch: pytest.MonkeyPatch, generator: LatentGenerator, token_id: int | None) -> None:
+    """Make a token the end of text, until the test is over."""
+    tokenizer = copy.deepcopy(generator.tokenizer)
+    tokenizer.eos_token = None if token_id is None else tokenizer.convert_ids_to_tokens(token_id)
+    assert tokenizer.eos_token_id == token_id
+    monkeypatch.setattr(generator, "tokenizer", tokenizer)
+
+
 @pytest.mark.parametrize("index", range(len(LENGTHS)), ids=[f"length {n}" for n in LENGTHS])
 def test_greedy_generation_equals_the_reference(
     generator: LatentGenerator, prompts: list[list[int]], index: int
@@ -101,20 +110,14 @@ def test_any_number_of_new_tokens(
 def test_decoding_in_blocks_changes_nothing(
     generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    assert generator.tokenizer.eos_token_id == 1
     in_one = generator.generate_tokens(prompts, 28, stop_at_end_of_text=False)
     monkeypatch.setattr(module, "DECODE_BLOCK", block)
     # Without end-of-text in the texts, stopping at it only makes the decoder run block by block.
     end = next(i for i in range(97) if all(i not in ids for ids in in_one.token_ids))
-    monkeypatch.setattr(generator.tokenizer, "eos_token", generator.tokenizer.convert_ids_to_tokens(end))
+    end_at(monkeypatch, generator, end)
     in_blocks = generator.generate_tokens(prompts, 28)
     assert in_blocks.token_ids == in_one.token_ids
     assert torch.equal(in_blocks.codes, in_one.codes)
-
-
-def end_at(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, token_id: int) -> None:
-    monkeypatch.setattr(tokenizer, "eos_token", tokenizer.convert_ids_to_tokens(token_id))
-    assert tokenizer.eos_token_id == token_id
 
 
 def test_texts_stop_before_end_of_text(
@@ -122,7 +125,7 @@ def test_texts_stop_before_end_of_text(
 ) -> None:
     full = generator.generate_tokens(prompts, 30, stop_at_end_of_text=False).token_ids
     end = full[0][9]
-    end_at(monkeypatch, generator.tokenizer, end)
+    end_at(monkeypatch, generator, end)
     out = generator.generate_tokens(prompts, 30).token_ids
     for ids, all_ids in zip(out, full, strict=True):
         assert ids == (all_ids[: all_ids.index(end)] if end in all_ids else all_ids)
@@ -136,7 +139,7 @@ def test_generation_stops_when_every_text_has_ended(
     prompt = prompts[-1]
     full = generator.generate_tokens([prompt], 64, stop_at_end_of_text=False)
     end = full.token_ids[0][10]
-    end_at(monkeypatch, generator.tokenizer, end)
+    end_at(monkeypatch, generator, end)
     first = full.token_ids[0].index(end)
     out = generator.generate_tokens([prompt], 64)
     blocks = first // FACTOR // 2 + 1
@@ -145,6 +148,64 @@ def test_generation_stops_when_every_text_has_ended(
     # An end of text in the prompt ends nothing.
     again = generator.generate_tokens([[*prompt, end, prompt[0], prompt[1], prompt[2]]], 4)
     assert again.codes.shape[1] == 1
+
+
+def test_a_text_that_ended_waits_for_the_others(
+    generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text ends in the first of its blocks, the other in a later one and without the first's end again."""
+    monkeypatch.setattr(module, "DECODE_BLOCK", 1)
+    full = generator.generate_tokens(prompts, 12 * FACTOR, stop_at_end_of_text=False).token_ids
+    early, late, end = next(
+        (i, j, token)
+        for i, first in enumerate(full)
+        for token in first[:FACTOR]
+        for j, second in enumerate(full)
+        if token in second[2 * FACTOR :]
+        and token not in second[: 2 * FACTOR]
+        and token not in first[(second.index(token) // FACTOR) * FACTOR :]
+    )
+    end_at(monkeypatch, generator, end)
+    out = generator.generate_tokens([prompts[early], prompts[late]], 12 * FACTOR)
+    assert out.token_ids == [full[i][: full[i].index(end)] for i in (early, late)]
+    assert out.codes.shape[1] == full[late].index(end) // FACTOR + 1
+
+
+def test_models_generate_in_evaluation_mode(
+    make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    codec, latent_model = make_codec().train(), make_latent_model().train()
+    LatentGenerator(codec, latent_model, tokenizer)
+    assert not any(module.training for model in (codec, latent_model) for module in model.modules())
+
+
+@pytest.mark.parametrize("factor", [1, 2, 8])
+@pytest.mark.parametrize("sizes", [(16,), (8, 4)], ids=str)
+def test_other_shapes_of_codec(
+    make_codec: Make,
+    make_latent_model: Make,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Make,
+    factor: int,
+    sizes: tuple[int, ...],
+) -> None:
+    shape = {"compression_factor": factor, "codebook_levels": len(sizes), "codebook_size": sizes}
+    codec, latent_model = make_codec(**shape), make_latent_model(**shape)
+    prompt = tokens(2 * factor, seed=3)
+    out = LatentGenerator(codec, latent_model, tokenizer).generate_tokens(
+        [prompt.tolist()], 4 * factor, stop_at_end_of_text=False
+    )
+    codes = torch.cat([codec.encode(prompt[None]), out.codes], dim=1)
+    assert latent_model(codes).correct[:, 2:].all()
+    assert out.token_ids == codec.decode(codes)[:, 2 * factor :].argmax(-1).tolist()
+
+
+def test_a_tokenizer_without_end_of_text(
+    generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generator.generate_tokens(prompts, 9, stop_at_end_of_text=False).token_ids
+    end_at(monkeypatch, generator, None)
+    assert generator.generate_tokens(prompts, 9).token_ids == expected
 
 
 def test_the_seed_decides_the_sample(generator: LatentGenerator, prompts: list[list[int]]) -> None:

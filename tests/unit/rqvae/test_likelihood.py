@@ -14,7 +14,9 @@ from rqvae.encoder import chunk_documents
 Make = Callable[..., Any]
 
 
-def test_the_terms_are_those_of_the_two_models(make_codec: Make, make_latent_model: Make, packed: Any) -> None:
+def test_the_terms_are_those_of_the_two_models(
+    make_codec: Make, make_latent_model: Make, packed: Any
+) -> None:
     codec, latent_model = make_codec(), make_latent_model()
     bound = latent_bound(codec, latent_model, *packed)
     real = packed.document_ids > 0

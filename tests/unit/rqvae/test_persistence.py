@@ -60,7 +60,11 @@ def test_any_change_of_weights_or_configuration_changes_the_hash(make_codec: Mak
     assert codec.codec_hash() == first
     assert len(first) == 64
     hashes = {first, make_codec(dtype=torch.float32, quantizer={"ema_decay": 0.9}).codec_hash()}
-    for tensor in (codec.encoder.absent_token.data, codec.quantizer.levels[2].codebook, codec.decoder.head.weight.data):
+    for tensor in (
+        codec.encoder.absent_token.data,
+        codec.quantizer.levels[2].codebook,
+        codec.decoder.head.weight.data,
+    ):
         tensor.view(-1)[-1] += 1e-3
         hashes.add(codec.codec_hash())
     assert len(hashes) == 5

@@ -160,9 +160,7 @@ def test_packed_neighbours_change_nothing(codec: RQVAE, packed: Any) -> None:
             chunks = slice(start // 4, end // 4)
             assert torch.equal(alone.codes, out.codes[row : row + 1, chunks])
             torch.testing.assert_close(alone.nats, out.nats[row : row + 1, start:end], **LOGITS)
-            torch.testing.assert_close(
-                codec.decode(alone.codes), logits[row : row + 1, start:end], **LOGITS
-            )
+            torch.testing.assert_close(codec.decode(alone.codes), logits[row : row + 1, start:end], **LOGITS)
             num_documents += 1
     assert num_documents == 4
 
@@ -201,9 +199,7 @@ def test_half_a_chunk_is_an_error(codec: RQVAE, tokens: Tokens, length: int) -> 
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_logits_of_a_chunk_depend_on_no_later_code(
-    make_codec: MakeCodec, changes: dict[str, Any]
-) -> None:
+def test_logits_of_a_chunk_depend_on_no_later_code(make_codec: MakeCodec, changes: dict[str, Any]) -> None:
     codec = make_codec(**changes)
     factor, sizes = codec.config.compression_factor, torch.tensor(codec.config.codebook_sizes)
     generator = torch.Generator().manual_seed(0)
@@ -359,14 +355,7 @@ def test_gradients_flow_through_frozen_backbones(make_codec: MakeCodec, packed: 
             torch.testing.assert_close(actual[name], expected[name], atol=1e-9, rtol=1e-6, msg=name)
             assert actual[name].abs().amax() > 0, name
     assert num_new == len(expected) - len(frozen)
-    assert {name.split(".")[1] for name in expected.keys() - frozen.keys()} == {
-        "absent_token",
-        "downsample",
-        "refinement",
-        "to_codebook",
-        "from_codebook",
-        "upsample",
-    }
+    assert {name.split(".")[0] for name in expected.keys() - frozen.keys()} == {"encoder", "decoder"}
     codec(packed.input_ids, document_ids=packed.document_ids, quantize=quantize).loss.backward()
     optimizer.step()
     for name, before in frozen.items():
@@ -393,9 +382,7 @@ def test_gradient_checkpointing_updates_codebooks_once(make_codec: MakeCodec, pa
         torch.testing.assert_close(actual[name], expected[name], atol=1e-9, rtol=1e-6, msg=name)
     for codec in (plain, checkpointed):
         codec.quantizer.update_codebook_ema(step=10, seed=0)
-    for (name, buffer), expected_buffer in zip(
-        checkpointed.named_buffers(), plain.buffers(), strict=True
-    ):
+    for (name, buffer), expected_buffer in zip(checkpointed.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, expected_buffer), name
     real_chunks = int((chunk_documents(packed.document_ids, 4) > 0).sum())
     mass = checkpointed.quantizer.levels[0].ema_cluster_size.sum()
@@ -437,7 +424,9 @@ def test_a_llama_backbone_keeps_the_invariants(
     alone = codec.encode(packed.input_ids[:1, 12:16], document_ids=packed.document_ids[:1, 12:16])
     assert packed.document_ids[0, 12:16].tolist() == [2, 2, 2, 2]
     assert torch.equal(alone, codes[:1, 3:4])
-    assert torch.equal(codec.encode(packed.input_ids[1:2, :16], packed.document_ids[1:2, :16]), codes[1:2, :4])
+    assert torch.equal(
+        codec.encode(packed.input_ids[1:2, :16], packed.document_ids[1:2, :16]), codes[1:2, :4]
+    )
 
 
 def test_bf16_weights_run_with_fp32_codebooks(make_codec: MakeCodec, tokens: Tokens) -> None:

@@ -1,0 +1,59 @@
+"""Skipping by content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import demo
+from launch.report_data import read_report, update_report
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> demo.Step:
+    (tmp_path / "input").write_text("text")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/result").write_text("result")
+    return demo.Step("step", ["command", "--master_port", "1"], [tmp_path / "input"], [tmp_path / "output"])
+
+
+def test_a_step_is_done_only_as_long_as_nothing_changed(step: demo.Step, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    assert not demo.is_done(step, record)
+    demo.mark(step, record, finished=False)
+    assert demo.was_interrupted(step, record)
+    assert not demo.is_done(step, record)
+    demo.mark(step, record, finished=True, seconds=1.0)
+    assert demo.is_done(step, record)
+    # The port is no content.
+    assert demo.is_done(
+        demo.Step("step", ["command", "--master_port", "2"], step.inputs, step.outputs), record
+    )
+    assert not demo.is_done(demo.Step("step", ["other"], step.inputs, step.outputs), record)
+    (tmp_path / "output/result").write_text("damaged")
+    assert not demo.is_done(step, record)
+    (tmp_path / "output/result").write_text("result")
+    assert demo.is_done(step, record)
+    (tmp_path / "input").write_text("other text")
+    assert not demo.is_done(step, record)
+    assert not demo.was_interrupted(step, record)
+
+
+def test_outputs_outside_the_project_are_kept(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "project/model", tmp_path / "data"
+    for directory in (inside, outside):
+        directory.mkdir(parents=True)
+    demo.remove_outputs(demo.Step("step", [], [], [inside, outside]), tmp_path / "project")
+    assert not inside.exists()
+    assert outside.exists()
+
+
+def test_report_keeps_the_keys_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    update_report(path, {"speed": {"speedup": 2.0}})
+    update_report(path, {"rate": {"codes_bits_per_token": 20.0}})
+    assert read_report(path) == {"speed": {"speedup": 2.0}, "rate": {"codes_bits_per_token": 20.0}}
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_report(path)

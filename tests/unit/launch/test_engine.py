@@ -1,0 +1,77 @@
+"""Learning rates and parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from launch.config import TrainConfig
+from launch.engine import learning_rate_factor, parameter_groups, resolve_precision
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_schedules(schedule: str) -> None:
+    train = TrainConfig(
+        steps=100, warmup_steps=10, min_learning_rate_ratio=0.1, schedule=schedule, wsd_decay_fraction=0.2
+    )
+    factors = [learning_rate_factor(train, step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert all(0.1 <= factor <= 1.0 for factor in factors)
+    if schedule == "cosine":
+        assert factors[55] == pytest.approx(0.55)  # half-way: the middle of 1 and 0.1
+        assert factors[-1] < 0.11
+    elif schedule == "wsd":
+        assert factors[79] == 1.0
+        assert factors[90] == pytest.approx(0.1 + 0.9 * 0.5)
+    else:
+        assert factors[-1] == 1.0
+
+
+def test_every_trainable_parameter_is_in_one_group() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(5, 4),
+            "backbone": nn.Linear(4, 4),
+            "frozen": nn.Linear(4, 4),
+            "new": nn.Linear(4, 3),
+        }
+    )
+    model["frozen"].requires_grad_(False)
+    groups = parameter_groups(model, model["backbone"].parameters(), TrainConfig(weight_decay=0.3))
+    by_name = {group["name"]: group for group in groups}
+    assert set(by_name) == {"backbone", "backbone_no_decay", "new", "new_no_decay"}
+    assert [id(p) for p in by_name["new"]["params"]] == [id(model["new"].weight)]
+    assert by_name["new"]["weight_decay"] == 0.3
+    # Embeddings and biases do not decay.
+    assert {id(p) for p in by_name["new_no_decay"]["params"]} == {
+        id(model["embedding"].weight),
+        id(model["new"].bias),
+    }
+    assert by_name["new_no_decay"]["weight_decay"] == 0.0
+    assert sum(len(group["params"]) for group in groups) == 5
+
+
+def test_precision_without_bf16_hardware_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.engine.multiplies_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="fp32 here"):
+        assert resolve_precision("auto") == "fp32"
+    assert resolve_precision("bf16") == "bf16"
+    monkeypatch.setattr("launch.engine.multiplies_bf16", lambda: True)
+    assert resolve_precision("auto") == "bf16"
+
+
+def test_only_finite_losses_reach_the_optimizer(tmp_path: object) -> None:
+    from launch.engine import start_process_group
+    from launch.stop import agree
+
+    start_process_group()
+    try:
+        samples = torch.tensor([3, 4])
+        assert agree(torch.tensor(1.0, dtype=torch.float64), None, 5, 0, samples) is None
+        assert agree(torch.tensor(1.0, dtype=torch.float64), "SIGTERM", 5, 0, samples) == "SIGTERM"
+        with pytest.raises(FloatingPointError, match=r"step 5 .* samples \[3, 4\]"):
+            agree(torch.tensor(float("nan"), dtype=torch.float64), None, 5, 0, samples)
+    finally:
+        torch.distributed.destroy_process_group()
