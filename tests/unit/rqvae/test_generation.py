@@ -236,6 +236,20 @@ def test_texts_in_and_out(generator: LatentGenerator, prompts: list[list[int]]) 
     assert any(out)
 
 
+def test_bf16_models_generate(
+    make_codec: Make,
+    make_latent_model: Make,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+) -> None:
+    models = make_codec(torch.float32).bfloat16(), make_latent_model(dtype=torch.bfloat16)
+    generator = LatentGenerator(*models, tokenizer)
+    out = generator.generate_tokens(prompts, 9, stop_at_end_of_text=False)
+    assert [len(ids) for ids in out.token_ids] == [9] * len(prompts)
+    again = generator.generate_tokens(prompts, 9, stop_at_end_of_text=False)
+    assert torch.equal(again.codes, out.codes)
+
+
 def test_timing_covers_the_parts(generator: LatentGenerator, prompts: list[list[int]]) -> None:
     timing = generator.generate_tokens(prompts, 8).timing
     assert all(seconds > 0 for seconds in timing)

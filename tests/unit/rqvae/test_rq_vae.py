@@ -275,6 +275,16 @@ def test_the_losses_are_what_they_say(codec: RQVAE, packed: Any) -> None:
     assert float(out.rate_loss) == 0
 
 
+def test_nothing_at_padding_is_ever_correct(codec: RQVAE, packed: Any) -> None:
+    ids, documents = packed
+    real = documents > 0
+    guesses = codec.decode(codec.encode(ids, document_ids=documents), chunk_documents(documents, 4)).argmax(
+        -1
+    )
+    out = codec(torch.where(real, ids, guesses), document_ids=documents)
+    assert not out.correct[~real].any()
+
+
 def test_losses_of_micro_batches_add_up(codec: RQVAE, packed: Any) -> None:
     ids, documents = packed
     whole = codec(ids, document_ids=documents)

@@ -1,0 +1,66 @@
+"""Other ways to run the same training script. Each is a launch of its own, hence slow."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import NANO, launcher, run
+
+pytestmark = pytest.mark.slow
+
+
+def losses(run_root: Path, name: str) -> list[float]:
+    lines = (run_root / name / "rqvae/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def settings(run_root: Path, name: str, data: list[str], *more: str) -> list[str]:
+    command = ["--config", str(NANO), "--stage", "rqvae", f"name={name}", f"run_root={run_root}"]
+    return [*command, "tracking.wandb=disabled", *data, *more]
+
+
+def test_launchers_and_zero_stages_give_the_same_losses(tmp_path: Path, nano_data: list[str]) -> None:
+    python = [sys.executable, "launch/train.py"]
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    starts = {
+        "deepspeed": [*launcher(2), *settings(tmp_path, "deepspeed", nano_data)],
+        "torchrun": [*torchrun, "launch/train.py", *settings(tmp_path, "torchrun", nano_data)],
+        "alone": [*python, *settings(tmp_path, "alone", nano_data)],
+        "stage1": [*launcher(2), *settings(tmp_path, "stage1", nano_data, "train.zero_stage=1")],
+    }
+    for name, command in starts.items():
+        result = run(command)
+        assert result.returncode == 0, (name, result.stdout + result.stderr)
+    assert losses(tmp_path, "torchrun") == losses(tmp_path, "deepspeed")
+    # Another number of ranks adds up in another order; before the codebooks begin to choose, that is rounding.
+    expected = losses(tmp_path, "deepspeed")
+    assert losses(tmp_path, "alone")[:2] == pytest.approx(expected[:2], rel=1e-5)
+    assert losses(tmp_path, "alone") == pytest.approx(expected, rel=2e-2)
+    assert losses(tmp_path, "stage1") == pytest.approx(expected, rel=2e-2)
+
+
+def test_bf16_under_zero_3(tmp_path: Path, nano_data: list[str]) -> None:
+    for precision in ("fp32", "bf16"):
+        more = [f"train.precision={precision}"]
+        result = run([*launcher(2), *settings(tmp_path, precision, nano_data, *more)])
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(tmp_path, "bf16")[:3] == pytest.approx(losses(tmp_path, "fp32")[:3], rel=2e-2)
+
+
+def test_stop_file_saves_and_the_next_start_finishes(tmp_path: Path, nano_data: list[str]) -> None:
+    whole = run([*launcher(2), *settings(tmp_path, "whole", nano_data)])
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    directory = tmp_path / "stopped/rqvae"
+    directory.mkdir(parents=True)
+    (directory / "STOP").touch()
+    command = [*launcher(2), *settings(tmp_path, "stopped", nano_data)]
+    first = run(command)
+    assert "Stopped at step 1 (" in first.stdout
+    assert not (directory / "STOP").exists()
+    second = run(command)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert losses(tmp_path, "stopped") == losses(tmp_path, "whole")
