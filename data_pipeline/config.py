@@ -18,6 +18,8 @@ class PythonDocsSource(StrictModel):
     kind: Literal["python-docs"] = "python-docs"
     min_characters: int = Field(default=100, ge=1)
     """Shorter docstrings are left out (characters after cleaning)."""
+    train_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training documents that is kept, chosen by a hash of their id; held-out text stays whole."""
 
 
 class _RowSource(StrictModel):

@@ -163,7 +163,15 @@ def _extract(files: list[_File]) -> list[list[tuple[str, str]]]:
     return results
 
 
-def read_docstrings(min_characters: int) -> tuple[list[Docstring], dict[str, Any], str]:
+def _position(document_id: str) -> float:
+    """A number in [0, 1) by a hash of the id."""
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8, key=b"train").digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def read_docstrings(
+    min_characters: int, train_fraction: float = 1.0
+) -> tuple[list[Docstring], dict[str, Any], str]:
     """All docstrings without exact duplicates, split by package with near-duplicates on one side.
 
     A cluster of near-duplicates that touches two splits goes to training as a whole: held-out text only ever
@@ -203,6 +211,7 @@ def read_docstrings(min_characters: int) -> tuple[list[Docstring], dict[str, Any
     documents = [
         document._replace(split=sides[side]) for document, side in zip(documents, after.tolist(), strict=True)
     ]
+    documents = [d for d in documents if d.split != "train" or _position(d.id) < train_fraction]
     content_hash = sha256_json([list(document) for document in documents])
     description = {
         "distributions": versions,

@@ -81,7 +81,7 @@ class _PythonDocs:
 
     def _result(self) -> tuple[list[python_docs.Docstring], dict[str, Any], str]:
         if self._read is None:
-            self._read = python_docs.read_docstrings(self._config.min_characters)
+            self._read = python_docs.read_docstrings(self._config.min_characters, self._config.train_fraction)
         return self._read
 
     def units(self) -> Sequence[str]:

@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"Report: {path}\nNext: python launch/benchmark.py inference --model {args.model} --data {args.data} --report {path}")
+    places = f"--model {args.model} --data {args.data} --report {path}"
+    print(f"Report: {path}\nNext: python launch/benchmark.py inference {places}")
     return 0
 
 

@@ -23,7 +23,7 @@ from launch.paths import codes_directory
 from launch.progress import Progress
 from rqvae import RQVAE
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation")  # what training reads; evaluation encodes the test split itself
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -152,6 +152,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         loader.close()
         progress.close()
         resumed = checkpoints.newest(directory / "checkpoints")
+        del engine, model, groups  # room for those of the next phase
         if stopped is not None:
             break
     tracker.close()

@@ -89,3 +89,14 @@ def test_held_out_packages_are_in_the_list() -> None:
     assert set(versions) == set(python_docs.DISTRIBUTIONS)
     assert len(files) > 5000
     assert not any("/tests/" in file.name for file in files)
+
+
+def test_a_share_of_the_training_text_keeps_the_held_out_text_whole() -> None:
+    whole, _, whole_hash = python_docs.read_docstrings(2000)
+    part, _, part_hash = python_docs.read_docstrings(2000, train_fraction=0.25)
+    train = [document for document in whole if document.split == "train"]
+    kept = [document for document in part if document.split == "train"]
+    assert set(kept) < set(train)
+    assert 0.2 < len(kept) / len(train) < 0.3
+    assert [d for d in part if d.split != "train"] == [d for d in whole if d.split != "train"]
+    assert part_hash != whole_hash

@@ -117,10 +117,10 @@ def test_mistakes_across_fields_are_reported_beside_misspelt_keys(tmp_path: Path
         ),
         (["data.sample_length=4096"], "data.sample_length: 4096 exceeds"),
         (["train.warmup_steps=601"], "train.warmup_steps: 601 exceeds steps=400"),
-        (["stages.rqvae.frozen_steps=9999"], "stages.rqvae.frozen_steps: 9999 exceeds steps=600"),
+        (["stages.rqvae.frozen_steps=9999"], "stages.rqvae.frozen_steps: 9999 exceeds steps=460"),
         (
             ["stages.rqvae.switch_warmup_steps=9999"],
-            "stages.rqvae.switch_warmup_steps: 9999 exceeds the 570",
+            "stages.rqvae.switch_warmup_steps: 9999 exceeds the 430",
         ),
         (
             ["stages.base_lm.frozen_steps=10"],
