@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_chain_from_text_to_report(tmp_path: Path, nano_corpus: Path) -> None:
     assert again.stdout.count("done already") == first.stdout.count(" s\n")
 
     # Codes of another codec are refused.
+    shutil.rmtree(project / "rq_transformer")
     foreign = run(
         [
             *[sys.executable, "launch/train.py", "--config", str(NANO), "--stage", "rq_transformer"],
