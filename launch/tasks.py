@@ -169,19 +169,23 @@ class RQVAETask(Task):
             return
         vectors_per_sample = dataset.sample_length // self.config.codec.compression_factor
         wanted = INITIALISATION_VECTORS_PER_CODE * max(self.config.codec.codebook_sizes)
-        batch_size = train.micro_batch_size * world_size
-        num_batches = min(-(-wanted // (vectors_per_sample * batch_size)), len(dataset) // batch_size)
+        num_samples = min(-(-wanted // vectors_per_sample), len(dataset))
+        # Every rank reads a stretch of one list of samples, so that the joined vectors are the same, in the same
+        # order, on any number of ranks. What is read beyond the list, for even batches, counts for nothing.
+        size = train.micro_batch_size
+        num_batches = -(-num_samples // (size * world_size))
         generator = torch.Generator().manual_seed(self.config.seed)
         # Drawn with replacement: there may be more samples than fit a permutation.
-        samples = torch.randint(len(dataset), (max(1, num_batches) * batch_size,), generator=generator)
+        samples = torch.randint(len(dataset), (num_samples,), generator=generator)
         quantizer: ResidualQuantizer = engine.module.quantizer  # type: ignore[union-attr,assignment]
         device = quantizer.levels[0].codebook.device
         engine.eval()
         vectors = []
         with torch.no_grad():
-            for batch_samples in samples.split(batch_size):
-                batch = dataset.read(batch_samples.chunk(world_size)[rank].numpy())
-                documents = batch["document_ids"].to(device)
+            for batch_index in range(rank * num_batches, (rank + 1) * num_batches):
+                places = torch.arange(batch_index * size, (batch_index + 1) * size)
+                batch = dataset.read(samples[places.clamp(max=num_samples - 1)].numpy())
+                documents = batch["document_ids"].masked_fill((places >= num_samples)[:, None], 0).to(device)
                 out = engine(batch["input_ids"].to(device), document_ids=documents, quantize=False)
                 vectors.append(
                     out.latents[chunk_documents(documents, self.config.codec.compression_factor) > 0]
