@@ -18,6 +18,7 @@ from rqvae.backbone import BaseLM
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
+from rqvae.randomness import sample_seeds
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
@@ -200,6 +201,7 @@ class RQVAETask(Task):
             document_ids=documents,
             num_tokens=num_tokens,
             quantize=step >= self.config.train.quantizer_warmup_steps,
+            seeds=sample_seeds(self.config.seed, step, batch["sample_index"]),
         )
         real = documents > 0
         sums = _token_sums(out.nats, out.correct, real)

@@ -82,6 +82,10 @@ def load_tensors(model: nn.Module, directory: Path) -> None:
         ValueError: tensors are missing, unexpected or misshapen, or a file is damaged.
     """
     targets = model.state_dict()
+    # Tensors with several names (tied weights) are saved under one of them.
+    names_of: dict[tuple[int, torch.Size], set[str]] = {}
+    for name, target in targets.items():
+        names_of.setdefault((target.data_ptr(), target.shape), set()).add(name)
     missing, problems = set(targets), []
     for file in sorted(directory.glob("*.safetensors")):
         try:
@@ -96,6 +100,7 @@ def load_tensors(model: nn.Module, directory: Path) -> None:
                         )
                     else:
                         targets[name].copy_(tensor)
+                        missing -= names_of[targets[name].data_ptr(), tensor.shape]
                     missing.discard(name)
         except SafetensorError as error:
             raise ValueError(f"'{file}' is damaged ({error}); copy or convert the model again") from error

@@ -15,6 +15,10 @@ from rqvae.config import RQVAEConfig
 from rqvae.decoder import TextDecoder
 from rqvae.encoder import TextEncoder, chunk_documents
 from rqvae.quantizer import ResidualQuantizer
+from rqvae.randomness import normal, uniform
+
+TOKEN_DROPOUT, LATENT_DROPOUT, LATENT_NOISE, LEVEL_DROPOUT, CODES = range(5)
+"""Purposes of random numbers."""
 
 
 class RQVAEOutput(NamedTuple):
@@ -54,7 +58,8 @@ class RQVAE(nn.Module):
         )
         self.encoder = TextEncoder(config)
         self.quantizer = ResidualQuantizer(config.codebook_sizes, config.codebook_dim, config.quantizer)
-        self.decoder = TextDecoder(config)
+        shared = self.encoder.backbone if config.backbone.shared else None
+        self.decoder = TextDecoder(config, shared)
 
     # Persistence ---------------------------------------------------------------------------------------
 
@@ -78,14 +83,24 @@ class RQVAE(nn.Module):
     # Training ------------------------------------------------------------------------------------------
 
     def load_backbone(self, source: str) -> None:
-        """Initialise both backbones and the output head from a causal LM in Hugging Face layout."""
+        """Initialise from a causal LM in Hugging Face layout what `backbone.decoder` says: the encoder's
+        backbone, and the decoder's with the output head."""
+        settings = self.config.backbone
+        if settings.shared:
+            load_pretrained(source, self.encoder.backbone, self.decoder.head)
+            return
         load_pretrained(source, self.encoder.backbone, None)
-        load_pretrained(source, self.decoder.backbone, self.decoder.head)
+        if settings.decoder == "same":
+            assert self.decoder.backbone is not None
+            load_pretrained(source, self.decoder.backbone, self.decoder.head)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """What `load_backbone` fills and the frozen warm-up leaves alone; all else is new."""
-        for module in (self.encoder.backbone, self.decoder.backbone, self.decoder.head):
-            yield from module.parameters()
+        modules: list[nn.Module | None] = [self.encoder.backbone]
+        if self.config.backbone.decoder == "same":
+            modules += [None if self.config.backbone.shared else self.decoder.backbone, self.decoder.head]
+        unique = {id(p): p for module in modules if module is not None for p in module.parameters()}
+        yield from unique.values()
 
     def forward(
         self,
@@ -94,6 +109,7 @@ class RQVAE(nn.Module):
         document_ids: Tensor | None = None,
         num_tokens: Tensor | None = None,
         quantize: bool = True,
+        seeds: Tensor | None = None,
     ) -> RQVAEOutput:
         """Encode, quantize, decode, and score.
 
@@ -104,6 +120,8 @@ class RQVAE(nn.Module):
             num_tokens: denominator of the losses; by default the real tokens of this batch. A training
                 loop passes its share of the whole step's tokens.
             quantize: False passes the continuous latents on (the first part of training).
+            seeds: LongTensor [B] of `randomness.sample_seeds`, for what is drawn in training mode (dropout
+                and noise); by default from torch's global generator.
 
         Raises:
             ValueError: T is not a multiple of K.
@@ -113,15 +131,19 @@ class RQVAE(nn.Module):
         if num_tokens is None:
             num_tokens = real.sum().clamp(min=1)
         documents = chunk_documents(document_ids, self.config.compression_factor)
-        latents = self.encoder(input_ids, document_ids)
+        if self.training and seeds is None:
+            seeds = torch.randint(1 << 62, input_ids.shape[:1], device=input_ids.device)
+        latents = self.encoder(input_ids, document_ids, self._hidden_tokens(real, seeds))
+        latents = self.quantizer.bound(latents)
         decoder_input = latents
         if quantize:
-            quantized = self.quantizer(latents, documents > 0)
+            quantized = self.quantizer(latents, documents > 0, self._kept_levels(seeds))
             decoder_input, codes, distortion = quantized.quantized, quantized.codes, quantized.distortion
             commitment = quantized.commitment_loss * self.config.compression_factor / num_tokens
         else:
             codes, distortion = None, latents.new_zeros(0)
             commitment = latents.new_zeros(())
+        decoder_input = self._disturbed(decoder_input, documents > 0, seeds)
         out = self.decoder(decoder_input, documents, input_ids, real / num_tokens)
         rate = torch.zeros_like(out.loss)
         return RQVAEOutput(
@@ -136,24 +158,77 @@ class RQVAE(nn.Module):
             distortion=distortion,
         )
 
+    # What training adds at random; `seeds` is None outside of training.
+
+    def _hidden_tokens(self, real: Tensor, seeds: Tensor | None) -> Tensor | None:
+        """BoolTensor [B, T]: tokens that the encoder does not get to see."""
+        if not self.training or not self.config.token_dropout:
+            return None
+        assert seeds is not None
+        return (uniform(seeds, TOKEN_DROPOUT, real.shape[1]) < self.config.token_dropout) & real
+
+    def _kept_levels(self, seeds: Tensor | None) -> Tensor | None:
+        """LongTensor [B]: leading levels that the decoder gets, of every sample."""
+        share, levels = self.config.quantizer.level_dropout, self.config.codebook_levels
+        if not self.training or not share:
+            return None
+        assert seeds is not None
+        is_cut, where = uniform(seeds, LEVEL_DROPOUT, 2).unbind(1)
+        return torch.where(is_cut < share, (where * levels).long() + 1, levels)
+
+    def _disturbed(self, latents: Tensor, real: Tensor, seeds: Tensor | None) -> Tensor:
+        """Latents [B, S, E] with noise and dropout."""
+        noise, dropout = self.config.latent_noise, self.config.latent_dropout
+        if not self.training:
+            return latents
+        assert seeds is not None
+        if noise:
+            mean_square = (latents.detach().square().mean(-1) * real).sum() / real.sum().clamp(min=1)
+            drawn = normal(seeds, LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
+            latents = latents + noise * mean_square.sqrt() * drawn
+        if dropout:
+            kept = uniform(seeds, LATENT_DROPOUT, *latents.shape[1:]) >= dropout
+            latents = latents * kept / (1 - dropout)
+        return latents
+
     # Use -----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Codes of token chunks: LongTensor [B, T] -> LongTensor [B, T / K, D].
 
-        Args: as in `forward`.
+        Args:
+            input_ids, attention_mask, document_ids: as in `forward`.
+            sample: draw every code instead of taking the nearest (`ResidualQuantizer.sample`).
+            generator: of the draws, on the device of the model.
         """
-        document_ids = self._documents(input_ids, attention_mask, document_ids)
-        with torch.inference_mode():
-            latents = self.encoder(input_ids, document_ids)
+        latents = self.encode_latents(input_ids, attention_mask, document_ids)
+        if sample:
+            shape = (*latents.shape[:2], self.config.codebook_levels)
+            numbers = torch.rand(shape, generator=generator, device=latents.device)
+            codes, _ = self.quantizer.sample(latents, numbers)
+        else:
             mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
             was_training = self.quantizer.training
             self.quantizer.eval()  # encoding is not learning
             codes = self.quantizer(latents, mask).codes
             self.quantizer.train(was_training)
         return codes.clone()
+
+    @torch.inference_mode()
+    def encode_latents(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Latents before quantization, through `bound`: [B, T / K, codebook_dim]; arguments as in `forward`."""
+        document_ids = self._documents(input_ids, attention_mask, document_ids)
+        return self.quantizer.bound(self.encoder(input_ids, document_ids))
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits of the tokens of every latent.

@@ -34,7 +34,7 @@ def test_seeds_of_neighbouring_steps_and_samples_do_not_meet() -> None:
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
     numbers = uniform(sample_seeds(0, 0, torch.arange(200)), 0, 1000)
-    assert 0 < numbers.min() and numbers.max() < 1
+    assert numbers.min() > 0 and numbers.max() < 1
     counts = torch.histc(numbers, 20, 0, 1)
     expected = numbers.numel() / 20
     # Chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand.
