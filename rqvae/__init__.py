@@ -12,6 +12,7 @@ _HOME = {
     "BaseLM": "backbone",
     "DepthTransformer": "rq_transformer",
     "FlatTransformer": "flat_transformer",
+    "IdentityCodec": "identity_codec",
     "LatentGenerator": "generation",
     "Quantizer": "quantizer",
     "RQTransformer": "rq_transformer",
@@ -25,7 +26,9 @@ _HOME = {
     "TextDecoder": "decoder",
     "TextEncoder": "encoder",
     "TransformerBlock": "layers",
+    "create_codec": "codec",
     "latent_bound": "likelihood",
+    "load_codec": "codec",
 }
 
 __all__ = sorted(_HOME)

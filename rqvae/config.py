@@ -228,6 +228,14 @@ class RQVAEConfig(StrictModel):
         return self.codebook_size
 
 
+class ResidualQuantizerConfig(StrictModel):
+    """A residual quantizer by itself, as it is kept beside the codes it made."""
+
+    codebook_sizes: tuple[int, ...]
+    codebook_dim: int = Field(gt=0)
+    quantizer: QuantizerConfig
+
+
 class RQTransformerShape(StrictModel):
     """Size of the latent model; what it predicts (D, C, K) comes from the codec."""
 

@@ -13,7 +13,7 @@ from rqvae import persistence
 from rqvae.backbone import load_pretrained
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import TextDecoder
-from rqvae.encoder import TextEncoder, chunk_documents
+from rqvae.encoder import TextEncoder, chunk_documents, token_documents
 from rqvae.quantizer import ResidualQuantizer
 from rqvae.randomness import normal, uniform
 
@@ -52,6 +52,8 @@ class RQVAE(nn.Module):
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
+        if config.kind != "rqvae":
+            raise ValueError(f"an RQVAE needs kind: rqvae; kind: {config.kind} has nothing to train")
         # Where the weights once started from is the run's business: a saved codec is complete without it.
         self.config = config.model_copy(
             update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
@@ -193,7 +195,6 @@ class RQVAE(nn.Module):
 
     # Use -----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def encode(
         self,
         input_ids: Tensor,
@@ -209,26 +210,21 @@ class RQVAE(nn.Module):
             sample: draw every code instead of taking the nearest (`ResidualQuantizer.sample`).
             generator: of the draws, on the device of the model.
         """
-        latents = self.encode_latents(input_ids, attention_mask, document_ids)
-        if sample:
-            shape = (*latents.shape[:2], self.config.codebook_levels)
-            numbers = torch.rand(shape, generator=generator, device=latents.device)
-            codes, _ = self.quantizer.sample(latents, numbers)
-        else:
-            mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
-            was_training = self.quantizer.training
-            self.quantizer.eval()  # encoding is not learning
-            codes = self.quantizer(latents, mask).codes
-            self.quantizer.train(was_training)
+        with torch.inference_mode():
+            latents = self.quantizer.bound(
+                self.encoder(input_ids, self._documents(input_ids, attention_mask, document_ids))
+            )
+            if sample:
+                shape = (*latents.shape[:2], self.config.codebook_levels)
+                numbers = torch.rand(shape, generator=generator, device=latents.device)
+                codes, _ = self.quantizer.sample(latents, numbers)
+            else:
+                mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
+                was_training = self.quantizer.training
+                self.quantizer.eval()  # encoding is not learning
+                codes = self.quantizer(latents, mask).codes
+                self.quantizer.train(was_training)
         return codes.clone()
-
-    @torch.inference_mode()
-    def encode_latents(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
-    ) -> Tensor:
-        """Latents before quantization, through `bound`: [B, T / K, codebook_dim]; arguments as in `forward`."""
-        document_ids = self._documents(input_ids, attention_mask, document_ids)
-        return self.quantizer.bound(self.encoder(input_ids, document_ids))
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits of the tokens of every latent.
@@ -248,13 +244,4 @@ class RQVAE(nn.Module):
     def _documents(
         self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        if input_ids.shape[1] % self.config.compression_factor:
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens are not a whole number of chunks of "
-                f"{self.config.compression_factor}; pad them (on the left for a prompt)"
-            )
-        if document_ids is not None:
-            return document_ids
-        if attention_mask is not None:
-            return attention_mask.long()
-        return torch.ones_like(input_ids)
+        return token_documents(input_ids, attention_mask, document_ids, self.config.compression_factor)
