@@ -28,7 +28,7 @@ from launch.environment import describe_environment
 from launch.progress import Progress
 from launch.report_data import update_report
 from launch.tracking import read_metrics
-from rqvae import RQVAE, BaseLM, LatentGenerator, RQTransformer, latent_bound
+from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_latent_model
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
 from rqvae.quantizer import compute_perplexity
@@ -71,12 +71,12 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
     tokenizer = load_tokenizer(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = RQVAE.from_pretrained(model / "rqvae").to(device)
-    rq_transformer = RQTransformer.from_pretrained(model / "rq_transformer").to(device)
+    latent_model = load_latent_model(model / "rq_transformer").to(device)
     base_lm = BaseLM.from_pretrained(model / "base_lm", dataset.eos_token_id).to(device)
-    generator = LatentGenerator(vae, rq_transformer, tokenizer)  # also refuses a foreign pair
+    generator = LatentGenerator(vae, latent_model, tokenizer)  # also refuses a foreign pair
 
     num_samples = min(len(dataset), settings.max_samples or len(dataset))
-    totals = score(vae, rq_transformer, base_lm, dataset, num_samples, settings.batch_size, device)
+    totals = score(vae, latent_model, base_lm, dataset, num_samples, settings.batch_size, device)
     tokens, num_bytes = totals["tokens"], totals["bytes"]
     nats = {
         "uniform": tokens * math.log(dataset.vocab_size),
@@ -118,7 +118,7 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
 @torch.inference_mode()
 def score(
     vae: RQVAE,
-    rq_transformer: RQTransformer,
+    latent_model: LatentModel,
     base_lm: BaseLM,
     dataset: TokenDataset,
     num_samples: int,
@@ -144,7 +144,7 @@ def score(
         batch = dataset.read(range(start, min(start + batch_size, num_samples)))
         input_ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
         real = documents > 0
-        bound = latent_bound(vae, rq_transformer, input_ids, documents)
+        bound = latent_bound(vae, latent_model, input_ids, documents)
         real_chunks = chunk_documents(documents, codec.compression_factor) > 0
         hits = (bound.token_correct | ~real).view(*real_chunks.shape, -1).all(-1) & real_chunks
         sums["tokens"] += float(real.sum())
@@ -288,11 +288,10 @@ def compute_report(project: Path) -> dict[str, Any]:
             frozen = min(steps, train.frozen_steps)
             total = frozen * codec.train_frozen + (steps - frozen) * codec.train_full
         else:
-            model = json.loads((project / "model" / stage / "config.json").read_text())["config"]
-            latent = flops.rq_transformer(
-                RQTransformerConfig.model_validate(model), length / config.codec.compression_factor
-            )
-            total = 3 * steps * (latent.spatial + latent.depth) / config.codec.compression_factor
+            saved = json.loads((project / "model" / stage / "config.json").read_text())
+            model = RQTransformerConfig.model_validate(saved["config"])
+            factor = config.codec.compression_factor
+            total = 3 * steps * flops.latent_model(saved["model"], model, length / factor) / factor
         report[stage] = {
             "steps": steps,
             "train_tokens": steps * tokens_per_step,

@@ -13,6 +13,7 @@ _HOME = {
     "DepthTransformer": "rq_transformer",
     "FlatTransformer": "flat_transformer",
     "LatentGenerator": "generation",
+    "LatentModel": "latent_model",
     "Quantizer": "quantizer",
     "RQTransformer": "rq_transformer",
     "RQTransformerConfig": "config",
@@ -26,6 +27,7 @@ _HOME = {
     "TextEncoder": "encoder",
     "TransformerBlock": "layers",
     "latent_bound": "likelihood",
+    "load_latent_model": "latent_model",
 }
 
 __all__ = sorted(_HOME)
