@@ -65,9 +65,12 @@ class ChunkEmbedding(nn.Module):
         self.compression_factor = compression_factor
         # Stands for the places of a chunk that hold no token, whatever else is found there.
         self.absent_token = nn.Parameter(torch.randn(dim) * 0.02)
-        self.mlp = nn.Sequential(
-            nn.Linear(compression_factor * dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)
-        )
+        first = nn.Linear(compression_factor * dim, 2 * dim, bias=False)
+        second = nn.Linear(2 * dim, dim, bias=False)
+        # SiLU halves small inputs; so the result starts at the scale of the embeddings, like that of the codes.
+        nn.init.normal_(first.weight, std=first.in_features**-0.5)
+        nn.init.normal_(second.weight, std=2 * second.in_features**-0.5)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, embedded: Tensor, is_token: Tensor) -> Tensor:
         """Token embeddings [B, S * K, E] and BoolTensor [B, S * K] -> [B, S, E]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from launch.engine import parameter_groups
 from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
 from rqvae import BaseLM, FlatTransformer, LatentModel, RQTransformer, load_latent_model
+from tests.integration.conftest import NANO, write_corpus
 
-NANO = Path(__file__).parents[2] / "integration" / "nano.yaml"
 BACKBONE = [
     "latent_model.spatial_backbone.architecture={vocab_size: 320, hidden_size: 64, intermediate_size: 128, "
     "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, head_dim: 32}",
@@ -31,13 +30,8 @@ FLAT = "latent_model.model=flat_transformer"
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that point at token shards and at codes drawn at random."""
     directory = tmp_path_factory.mktemp("latent")
-    words = ["river", "engine", "harbour", "storm", "reader", "light", "valley", "boat", "coast", "bridge"]
     draw = np.random.default_rng(0)
-    lines = [
-        json.dumps({"id": str(index), "text": " ".join(draw.choice(words, draw.integers(3, 60)))})
-        for index in range(200)
-    ]
-    (directory / "text.jsonl").write_text("\n".join(lines))
+    write_corpus(directory / "text.jsonl", 200)
     overrides = [
         f"data.directory={directory / 'tokens'}",
         f"data.source.paths={directory / 'text.jsonl'}",
