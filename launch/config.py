@@ -19,12 +19,14 @@ from pydantic import Field, ValidationError
 
 from data_pipeline.config import DataConfig
 from data_pipeline.yaml_config import ConfigError, apply_overrides, merge, read_yaml, validate
-from rqvae.config import RQTransformerShape, RQVAEConfig, StrictModel
+from rqvae.config import LatentModelConfig, RQTransformerConfig, RQVAEConfig, StrictModel
 
 Stage = Literal["base_lm", "rqvae", "rq_transformer", "joint"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _ARCHITECTURE = "codec.backbone.architecture"
+# Where the path of an architecture file may stand.
+_ARCHITECTURES = (_ARCHITECTURE, "latent_model.spatial_backbone.architecture")
 # Settings that act in some stages only.
 _CODEC_STAGES = ("rqvae", "joint")
 _ONLY_IN = {
@@ -180,7 +182,7 @@ class RunConfig(StrictModel):
     """The stage that `train` is for. Set by `--stage`; a run directory's config.yaml carries it."""
     data: DataConfig
     codec: RQVAEConfig
-    latent_model: RQTransformerShape = RQTransformerShape()
+    latent_model: LatentModelConfig = LatentModelConfig()
     train: TrainConfig = TrainConfig()
     """With a stage chosen: the settings of that stage."""
     stages: StagesConfig = StagesConfig()
@@ -220,9 +222,9 @@ def load_config(path: str | Path, stage: Stage | None = None, overrides: Sequenc
     Raises:
         ConfigError: a ValueError that lists every mistake with its dotted path.
     """
-    values = read_yaml(path, inline=(_ARCHITECTURE,))
+    values = read_yaml(path, inline=_ARCHITECTURES)
     source = f"{path} with overrides" if overrides else str(path)
-    values = _inline_architecture(apply_overrides(_without_overridden(values, overrides), overrides))
+    values = _inline_architectures(apply_overrides(_without_overridden(values, overrides), overrides))
     written_for = values.get("stage")
     if stage is not None and written_for is not None and stage != written_for:
         raise ConfigError(
@@ -283,14 +285,19 @@ def _without_overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> 
     return {**values, "stages": kept}
 
 
-def _inline_architecture(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace an architecture path that came from an override by the file's content."""
-    node: Any = values
-    for name in _ARCHITECTURE.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    if not isinstance(node, str):
-        return values
-    return merge(values, {"codec": {"backbone": {"architecture": read_yaml(node)}}})
+def _inline_architectures(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace architecture paths that came from overrides by the files' content."""
+    for dotted in _ARCHITECTURES:
+        names = dotted.split(".")
+        node: Any = values
+        for name in names:
+            node = node.get(name) if isinstance(node, Mapping) else None
+        if isinstance(node, str):
+            content = read_yaml(node)
+            for name in reversed(names):
+                content = {name: content}
+            values = merge(values, content)
+    return values
 
 
 def _section(model: type[StrictModel], values: Any) -> Any:
@@ -308,6 +315,9 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
     mistakes: list[str] = []
     if data is not None and codec is not None:
         mistakes += _mistakes_of_data_and_codec(data, codec)
+    latent_model: LatentModelConfig | None = _section(LatentModelConfig, values.get("latent_model") or {})
+    if codec is not None and latent_model is not None:
+        mistakes += _mistakes_of_codec_and_latent_model(codec, latent_model)
 
     train_values = values.get("train") or {}
     sections = values.get("stages") or {}
@@ -356,6 +366,14 @@ def _mistakes_of_data_and_codec(data: DataConfig, codec: RQVAEConfig) -> Iterato
             f"data.tokenizer.vocab_size: {trained_vocabulary} tokens do not fit into the "
             f"{architecture.vocab_size} embeddings of {_ARCHITECTURE}.vocab_size"
         )
+
+
+def _mistakes_of_codec_and_latent_model(codec: RQVAEConfig, latent_model: LatentModelConfig) -> Iterator[str]:
+    try:
+        RQTransformerConfig.for_codec(codec, latent_model)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            yield f"latent_model.{detail['msg'].removeprefix('Value error, ')}"
 
 
 def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str, Any]) -> Iterator[str]:

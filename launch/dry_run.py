@@ -6,6 +6,7 @@ import json
 
 from launch.config import RunConfig, check_world_size
 from launch.deepspeed_config import deepspeed_config
+from launch.latent_model import describe_match
 
 
 def dry_run(config: RunConfig, world_size: int) -> int:
@@ -22,4 +23,6 @@ def dry_run(config: RunConfig, world_size: int) -> int:
         f"{train.global_batch_size} samples = {tokens:,} tokens per step; {train.steps:,} steps = "
         f"{tokens * train.steps:,} tokens; precision {precision}"
     )
+    if config.stage == "rq_transformer" and (match := describe_match(config)) is not None:
+        print(f"\n# Latent model\n{match}")
     return 0

@@ -30,7 +30,7 @@ from launch.progress import Progress
 from launch.prompt_lengths import by_prompt_length
 from launch.report_data import update_report
 from launch.tracking import read_metrics
-from rqvae import RQVAE, BaseLM, LatentGenerator, RQTransformer, latent_bound, load_codec
+from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_codec, load_latent_model
 from rqvae.codec import Codec
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
@@ -72,7 +72,7 @@ class Models(NamedTuple):
     """What there is to evaluate."""
 
     codec: Codec
-    latent_model: RQTransformer | None
+    latent_model: LatentModel | None
     base_lm: BaseLM | None
 
 
@@ -81,7 +81,7 @@ def load_models(directory: Path, eos_token_id: int, device: torch.device) -> Mod
     codec = load_codec(directory / "rqvae").to(device)
     latent_model, base_lm = None, None
     if (directory / "rq_transformer").is_dir():
-        latent_model = RQTransformer.from_pretrained(directory / "rq_transformer").to(device)
+        latent_model = load_latent_model(directory / "rq_transformer").to(device)
     else:
         print(f"no '{directory}/rq_transformer': the bound and the latent generations are left out")
     if (directory / "base_lm").is_dir():
@@ -295,7 +295,9 @@ def generations(
         for row, text in zip(shown, latent, strict=True):
             row["latent"] = text
     torch.manual_seed(0)
-    for row in shown if base_lm is not None else ():
+    for row in shown:
+        if base_lm is None:
+            break
         ids = [base_lm.eos_token_id, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
         prompt_ids: Tensor = torch.tensor([ids], device=device)
         out = base_lm.lm.generate(
@@ -332,11 +334,10 @@ def compute_report(project: Path) -> dict[str, Any]:
             frozen = min(steps, train.frozen_steps)
             total = frozen * codec.train_frozen + (steps - frozen) * codec.train_full
         else:
-            model = json.loads((project / "model" / stage / "config.json").read_text())["config"]
-            latent = flops.rq_transformer(
-                RQTransformerConfig.model_validate(model), length / config.codec.compression_factor
-            )
-            total = 3 * steps * (latent.spatial + latent.depth) / config.codec.compression_factor
+            saved = json.loads((project / "model" / stage / "config.json").read_text())
+            model = RQTransformerConfig.model_validate(saved["config"])
+            factor = config.codec.compression_factor
+            total = 3 * steps * flops.latent_model(saved["model"], model, length / factor) / factor
         report[stage] = {
             "steps": steps,
             "train_tokens": steps * tokens_per_step,

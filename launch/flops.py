@@ -3,14 +3,16 @@
 Norms, activations and embeddings look-ups are left out, as is usual (Kaplan 2020, table 1). Training counts 3
 times the forward pass: the backward pass forms two products for every one. A frozen layer counts 2 times: it
 passes gradients on but forms none for its weights.
+
+Also the parameters of the latent models, to match one kind with the other. Free of torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig
-from rqvae.layers import mlp_width
+from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig, mlp_width
 
 
 def backbone(architecture: ArchitectureConfig, context: float) -> float:
@@ -102,11 +104,95 @@ class LatentModelFlops:
 
 def rq_transformer(config: RQTransformerConfig, num_latents: float) -> LatentModelFlops:
     """FLOPs of the RQ-transformer on sequences of `num_latents` positions."""
-    levels = config.codebook_levels
+    levels, dim = config.codebook_levels, config.spatial_dim
+    if config.spatial_backbone is None:
+        spatial = block(dim, config.spatial_layers, config.mlp_ratio, num_latents / 2)
+    else:
+        spatial = backbone(config.spatial_backbone.architecture, num_latents / 2)
+    if config.reads_tokens:
+        spatial += 2 * (config.compression_factor * dim * 2 * dim + 2 * dim * dim)
     depth = block(config.depth_dim, config.depth_layers, config.mlp_ratio, levels / 2) * levels
     return LatentModelFlops(
-        spatial=block(config.spatial_dim, config.spatial_layers, config.mlp_ratio, num_latents / 2),
-        depth=depth
-        + 2 * config.spatial_dim * config.depth_dim
-        + 2 * config.depth_dim * sum(config.codebook_sizes),
+        spatial=spatial,
+        depth=depth + 2 * dim * config.depth_dim + 2 * config.depth_dim * sum(config.codebook_sizes),
     )
+
+
+def flat_transformer(config: RQTransformerConfig, num_latents: float) -> float:
+    """Forward FLOPs of the flat transformer per latent position, on sequences of `num_latents`."""
+    levels, dim = config.codebook_levels, config.spatial_dim
+    stack = block(dim, config.spatial_layers, config.mlp_ratio, num_latents * levels / 2)
+    return levels * stack + 2 * dim * sum(config.codebook_sizes)
+
+
+def latent_model(name: str, config: RQTransformerConfig, num_latents: float) -> float:
+    """Forward FLOPs per latent position of the latent model whose class is called `name`."""
+    if name == "FlatTransformer":
+        return flat_transformer(config, num_latents)
+    parts = rq_transformer(config, num_latents)
+    return parts.spatial + parts.depth
+
+
+def block_parameters(dim: int, num_layers: int, mlp_ratio: float) -> int:
+    """Parameters of a `TransformerBlock`: in each layer two norms, attention and SwiGLU; a final norm."""
+    return num_layers * (2 * dim + 4 * dim * dim + 3 * dim * mlp_width(dim, mlp_ratio)) + dim
+
+
+def _code_parameters(config: RQTransformerConfig, dim: int) -> tuple[int, int]:
+    """Parameters of the embeddings of all codes, and of the heads."""
+    sizes = config.codebook_sizes
+    return dim * sum(sizes), dim * (sizes[0] if config.head == "shared" else sum(sizes))
+
+
+def rq_transformer_parameters(config: RQTransformerConfig) -> int:
+    """Parameters of an RQTransformer that reads codes only and has layers of its own."""
+    dim, depth_dim = config.spatial_dim, config.depth_dim
+    spatial = _code_parameters(config, dim)[0] + dim
+    spatial += block_parameters(dim, config.spatial_layers, config.mlp_ratio)
+    depth = sum(_code_parameters(config, depth_dim)) + depth_dim * (dim + config.codebook_levels)
+    return spatial + depth + block_parameters(depth_dim, config.depth_layers, config.mlp_ratio)
+
+
+def flat_transformer_parameters(config: RQTransformerConfig) -> int:
+    """Parameters of a FlatTransformer."""
+    dim = config.spatial_dim
+    return (
+        sum(_code_parameters(config, dim))
+        + dim * (config.codebook_levels + 1)
+        + block_parameters(dim, config.spatial_layers, config.mlp_ratio)
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """A flat transformer beside the RQ-transformer that it is to be compared with."""
+
+    layers: int
+    """Of the flat transformer."""
+    parameters: float
+    """Its parameters over the RQ-transformer's."""
+    compute: float
+    """Its forward FLOPs per sample over the RQ-transformer's."""
+
+
+def match_flat_transformer(
+    config: RQTransformerConfig, num_latents: int, by: Literal["parameters", "compute"]
+) -> Match:
+    """The number of layers that brings a flat transformer nearest to the RQ-transformer of `config`.
+
+    Both measures are linear in the number of layers; there is at least one.
+
+    Args:
+        config: of the RQ-transformer; the flat transformer takes all but `spatial_layers` from it.
+        num_latents: positions of a sample.
+    """
+
+    def ratio(measure: str, layers: int) -> float:
+        flat = config.model_copy(update={"spatial_layers": layers})
+        if measure == "parameters":
+            return flat_transformer_parameters(flat) / rq_transformer_parameters(config)
+        return flat_transformer(flat, num_latents) / latent_model("RQTransformer", config, num_latents)
+
+    one, two = ratio(by, 1), ratio(by, 2)
+    layers = max(1, round(1 + (1 - one) / (two - one)))
+    return Match(layers, ratio("parameters", layers), ratio("compute", layers))

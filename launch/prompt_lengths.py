@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data_pipeline import TokenDataset
-from rqvae import RQTransformer, latent_bound
+from rqvae import LatentModel, latent_bound
 from rqvae.codec import Codec
 
 PROMPT_CHUNKS, CONTINUATION_CHUNKS = 4, 8
@@ -21,7 +21,7 @@ NUM_DOCUMENTS = 128
 
 @torch.inference_mode()
 def by_prompt_length(
-    codec: Codec, latent_model: RQTransformer, dataset: TokenDataset, device: torch.device
+    codec: Codec, latent_model: LatentModel, dataset: TokenDataset, device: torch.device
 ) -> dict[str, Any]:
     """Score continuations of 8 K tokens behind prompts of every length up to 4 K.
 

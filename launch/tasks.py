@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from data_pipeline import CodeDataset, TokenDataset
 from launch.config import RunConfig
+from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
 from rqvae.backbone import BaseLM
-from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
+from rqvae.flat_transformer import FlatTransformer
+from rqvae.latent_model import LatentModel
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
 from rqvae.randomness import sample_seeds
 from rqvae.rq_transformer import RQTransformer
@@ -51,6 +53,10 @@ class Task(ABC):
     @abstractmethod
     def dataset(self, split: str) -> TokenDataset | CodeDataset:
         """The data of a split."""
+
+    def notes(self) -> list[str]:
+        """Lines to be said at the start of training."""
+        return []
 
     @abstractmethod
     def create_model(self) -> nn.Module:
@@ -258,7 +264,15 @@ class RQTransformerTask(Task):
     def dataset(self, split: str) -> CodeDataset:
         return CodeDataset(self._token_dataset(split), codes_directory(self.config))
 
-    def create_model(self) -> RQTransformer:
+    @property
+    def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
+        return RQTransformer if self.config.latent_model.model == "rq_transformer" else FlatTransformer
+
+    def notes(self) -> list[str]:
+        match = describe_match(self.config)
+        return [] if match is None else [match]
+
+    def create_model(self) -> LatentModel:
         codes = self.dataset("train")
         codec = self.config.codec
         made_by = (codes.compression_factor, tuple(codes.codebook_sizes))
@@ -267,22 +281,28 @@ class RQTransformerTask(Task):
                 f"codes in '{codes_directory(self.config)}' have K, C = {made_by}; this configuration has "
                 f"{(codec.compression_factor, codec.codebook_sizes)}. Use the configuration of their codec"
             )
-        return RQTransformer(
-            RQTransformerConfig(
-                **self.config.latent_model.model_dump(),
-                compression_factor=codec.compression_factor,
-                codebook_levels=codec.codebook_levels,
-                codebook_size=codec.codebook_size,
-                codec_hash=codes.codec_hash,
-            )
-        )
+        return self._model_class(latent_model_config(self.config, codes.codec_hash))
 
-    def load_model(self, directory: Path) -> RQTransformer:
-        return RQTransformer.from_pretrained(directory)
+    def load_initial_weights(self, model: nn.Module) -> None:
+        spatial_backbone = self.config.latent_model.spatial_backbone
+        if spatial_backbone is not None and spatial_backbone.pretrained is not None:
+            assert isinstance(model, RQTransformer)
+            model.load_backbone(spatial_backbone.pretrained)
+
+    def backbone_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        return model.backbone_parameters() if isinstance(model, RQTransformer) else iter(())
+
+    def load_model(self, directory: Path) -> LatentModel:
+        return self._model_class.from_pretrained(directory)
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         documents = chunk_documents(batch["document_ids"], self.config.codec.compression_factor)
-        out = model(batch["codes"], document_ids=documents, num_tokens=num_tokens)
+        out = model(
+            batch["codes"],
+            batch["input_ids"] if self.config.latent_model.reads_tokens else None,
+            token_document_ids=batch["document_ids"],
+            num_tokens=num_tokens,
+        )
         real = documents > 0
         return StepOutput(
             out.loss,

@@ -14,6 +14,7 @@ _HOME = {
     "FlatTransformer": "flat_transformer",
     "IdentityCodec": "identity_codec",
     "LatentGenerator": "generation",
+    "LatentModel": "latent_model",
     "Quantizer": "quantizer",
     "RQTransformer": "rq_transformer",
     "RQTransformerConfig": "config",
@@ -29,6 +30,7 @@ _HOME = {
     "create_codec": "codec",
     "latent_bound": "likelihood",
     "load_codec": "codec",
+    "load_latent_model": "latent_model",
 }
 
 __all__ = sorted(_HOME)

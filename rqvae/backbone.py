@@ -125,7 +125,7 @@ def load_pretrained(source: str, backbone: nn.Module, head: LinearHead | None) -
         problems.append("lm_head.weight or embed_tokens.weight: missing")
     if problems:
         shown = "\n  ".join(problems[:20])
-        raise ValueError(f"'{source}' does not fit codec.backbone.architecture:\n  {shown}")
+        raise ValueError(f"'{source}' does not fit the backbone's architecture:\n  {shown}")
 
 
 class LanguageModelOutput(NamedTuple):

@@ -7,6 +7,7 @@ the depth transformer, nothing lost. Its likelihood is exact, so it is what ever
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,6 @@ from rqvae import persistence
 from rqvae.config import RQVAEConfig
 from rqvae.encoder import token_documents
 from rqvae.rq_vae import RQVAEOutput
-
-
-class IdentityCache:
-    """Nothing has to be remembered between blocks."""
 
 
 class IdentityCodec(nn.Module):
@@ -107,11 +104,11 @@ class IdentityCodec(nn.Module):
         certain.scatter_(-1, tokens.clamp(max=self.absent - 1)[..., None], 0.0)
         return torch.where(known[..., None], certain, torch.zeros_like(certain))
 
-    def new_decoder_cache(self, batch_size: int, max_latents: int) -> IdentityCache:
-        """For `decode_block`."""
-        return IdentityCache()
+    def new_decoder_cache(self, batch_size: int, max_latents: int) -> Any:
+        """For `decode_block`: nothing has to be remembered."""
+        return None
 
-    def decode_block(self, codes: Tensor, documents: Tensor, cache: IdentityCache) -> Tensor:
+    def decode_block(self, codes: Tensor, documents: Tensor, cache: Any) -> Tensor:
         """Tokens of further latents: LongTensor [B, S, K] -> [B, S * K]; 0 where there is no token."""
         tokens = codes.flatten(1)
         return torch.where(tokens < self.absent, tokens, 0)

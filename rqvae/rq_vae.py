@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rqvae import persistence
 from rqvae.backbone import load_pretrained
 from rqvae.config import RQVAEConfig
-from rqvae.decoder import TextDecoder
+from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import TextEncoder, chunk_documents, token_documents
 from rqvae.quantizer import ResidualQuantizer
 from rqvae.randomness import normal, uniform
@@ -240,6 +240,24 @@ class RQVAE(nn.Module):
             document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
         with torch.inference_mode():
             return self.decoder(self.quantizer.embed(codes), document_ids)
+
+    def new_decoder_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
+        """Empty cache for `decode_block`."""
+        return self.decoder.new_cache(batch_size, max_latents)
+
+    @torch.inference_mode()
+    def decode_block(self, codes: Tensor, documents: Tensor, cache: DecoderCache) -> Tensor:
+        """The most likely tokens of further latents.
+
+        Args:
+            codes: LongTensor [B, n, D], those that follow what `cache` holds.
+            documents: LongTensor [B, n], 0 at padding.
+            cache: extended in place.
+
+        Returns:
+            LongTensor [B, n * K].
+        """
+        return self.decoder(self.quantizer.embed(codes), documents, cache=cache).argmax(-1)
 
     def _documents(
         self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None

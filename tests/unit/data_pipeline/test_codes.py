@@ -200,7 +200,11 @@ def test_large_codebooks_take_32_bits(built: Path, tmp_path: Path) -> None:
 def latents_of(samples: range) -> NDArray[np.float32]:
     """[n, 8, 3] numbers that fp16 holds exactly."""
     numbers = np.array(samples, dtype=np.float32)[:, None, None]
-    return (numbers % 64) / 4 - np.arange(8, dtype=np.float32)[None, :, None] + np.arange(3, dtype=np.float32) / 8
+    return (
+        (numbers % 64) / 4
+        - np.arange(8, dtype=np.float32)[None, :, None]
+        + np.arange(3, dtype=np.float32) / 8
+    )
 
 
 def write_with_latents(directory: Path, tokens: TokenDataset, shard: int, latents: object) -> None:

@@ -36,7 +36,10 @@ class Documents:
 
     def read(self, indices: list[int]) -> dict[str, Tensor]:
         (index,) = indices
-        ids = [[index, n, *(i % 30 for i in range(length - 2))] for n, length in enumerate(self.lengths[index], 1)]
+        ids = [
+            [index, n, *(i % 30 for i in range(length - 2))]
+            for n, length in enumerate(self.lengths[index], 1)
+        ]
         documents = [[n] * length for n, length in enumerate(self.lengths[index], 1)]
         return {
             "input_ids": torch.tensor([list(itertools.chain(*ids))]),

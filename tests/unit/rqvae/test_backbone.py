@@ -217,7 +217,7 @@ def test_a_backbone_that_does_not_fit_is_a_clear_error(
     make_architecture: Make, base_lm_directory: Path, changes: dict[str, Any], expected: list[str]
 ) -> None:
     load_into(make_architecture(), base_lm_directory)
-    with pytest.raises(ValueError, match=r"does not fit codec\.backbone\.architecture") as caught:
+    with pytest.raises(ValueError, match=r"does not fit the backbone's architecture") as caught:
         load_into(make_architecture(**changes), base_lm_directory)
     for line in expected:
         assert line in str(caught.value)
