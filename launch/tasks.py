@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from rqvae.encoder import chunk_documents
 from rqvae.flat_transformer import FlatTransformer
 from rqvae.latent_model import LatentModel
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
-from rqvae.randomness import sample_seeds
+from rqvae.randomness import Purpose, sample_seeds, uniform
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
@@ -262,7 +263,11 @@ class RQTransformerTask(Task):
         return TokenDataset(self.config.data.directory, split)
 
     def dataset(self, split: str) -> CodeDataset:
-        return CodeDataset(self._token_dataset(split), codes_directory(self.config))
+        return CodeDataset(
+            self._token_dataset(split),
+            codes_directory(self.config),
+            with_latents=self.config.train.stochastic_codes,
+        )
 
     @property
     def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
@@ -297,11 +302,13 @@ class RQTransformerTask(Task):
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         documents = chunk_documents(batch["document_ids"], self.config.codec.compression_factor)
+        codes, soft_targets = self._codes(model, batch, step)
         out = model(
-            batch["codes"],
+            codes,
             batch["input_ids"] if self.config.latent_model.reads_tokens else None,
             token_document_ids=batch["document_ids"],
             num_tokens=num_tokens,
+            soft_targets=soft_targets,
         )
         real = documents > 0
         return StepOutput(
@@ -313,6 +320,22 @@ class RQTransformerTask(Task):
                 "level_correct": out.correct.double().sum((0, 1)),
             },
         )
+
+    def _codes(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, list[Tensor] | None]:
+        """What to predict: the codes on disk or, in training with stochastic codes, a draw and what it is from."""
+        if not self.config.train.stochastic_codes or not model.training:
+            return batch["codes"], None
+        seeds = sample_seeds(self.config.seed, step, batch["sample_index"])
+        numbers = uniform(seeds, Purpose.CODES, *batch["codes"].shape[1:])
+        return self._quantizer.to(numbers.device).sample(batch["latents"], numbers, with_soft_targets=True)
+
+    @cached_property
+    def _quantizer(self) -> ResidualQuantizer:
+        """The one that made the codes, at this run's temperature."""
+        quantizer = ResidualQuantizer.from_pretrained(codes_directory(self.config) / "quantizer")
+        temperature = self.config.codec.quantizer.code_temperature
+        quantizer.config = quantizer.config.model_copy(update={"code_temperature": temperature})
+        return quantizer
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         chunks = sums["chunks"].clamp(min=1)

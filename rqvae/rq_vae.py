@@ -15,10 +15,7 @@ from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import TextEncoder, chunk_documents, token_documents
 from rqvae.quantizer import ResidualQuantizer
-from rqvae.randomness import normal, uniform
-
-TOKEN_DROPOUT, LATENT_DROPOUT, LATENT_NOISE, LEVEL_DROPOUT, CODES = range(5)
-"""Purposes of random numbers."""
+from rqvae.randomness import Purpose, normal, uniform
 
 
 class RQVAEOutput(NamedTuple):
@@ -167,7 +164,7 @@ class RQVAE(nn.Module):
         if not self.training or not self.config.token_dropout:
             return None
         assert seeds is not None
-        return (uniform(seeds, TOKEN_DROPOUT, real.shape[1]) < self.config.token_dropout) & real
+        return (uniform(seeds, Purpose.TOKEN_DROPOUT, real.shape[1]) < self.config.token_dropout) & real
 
     def _kept_levels(self, seeds: Tensor | None) -> Tensor | None:
         """LongTensor [B]: leading levels that the decoder gets, of every sample."""
@@ -175,7 +172,7 @@ class RQVAE(nn.Module):
         if not self.training or not share:
             return None
         assert seeds is not None
-        is_cut, where = uniform(seeds, LEVEL_DROPOUT, 2).unbind(1)
+        is_cut, where = uniform(seeds, Purpose.LEVEL_DROPOUT, 2).unbind(1)
         return torch.where(is_cut < share, (where * levels).long() + 1, levels)
 
     def _disturbed(self, latents: Tensor, real: Tensor, seeds: Tensor | None) -> Tensor:
@@ -186,10 +183,10 @@ class RQVAE(nn.Module):
         assert seeds is not None
         if noise:
             mean_square = (latents.detach().square().mean(-1) * real).sum() / real.sum().clamp(min=1)
-            drawn = normal(seeds, LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
+            drawn = normal(seeds, Purpose.LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
             latents = latents + noise * mean_square.sqrt() * drawn
         if dropout:
-            kept = uniform(seeds, LATENT_DROPOUT, *latents.shape[1:]) >= dropout
+            kept = uniform(seeds, Purpose.LATENT_DROPOUT, *latents.shape[1:]) >= dropout
             latents = latents * kept / (1 - dropout)
         return latents
 
