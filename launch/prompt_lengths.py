@@ -27,7 +27,7 @@ def by_prompt_length(
 
     Returns:
         `rows`: by prompt length, nats per token of the continuation (a bound) and its token accuracy;
-        `phases`: by length modulo K, the mean of the nats minus that of all lengths within the same chunk, with the
+        `phases`: by length modulo K, how far the nats lie above a straight line through all lengths, with the
         standard error over documents. Empty without documents that are long enough.
     """
     factor = codec.config.compression_factor
@@ -47,9 +47,10 @@ def by_prompt_length(
         scored += bound.token_nats[:, -after:].double().sum(1)
         nats[length - 1] = (scored / after).cpu().numpy()
         accuracy[length - 1] = float(bound.token_correct[:, -after:].float().mean())
-    # [chunk of the length, length within the chunk, document], each less the mean over its chunk.
-    grouped = nats.reshape(PROMPT_CHUNKS, factor, -1)
-    excess = (grouped - grouped.mean(1, keepdims=True)).mean(0)
+    # A longer prompt helps by itself: what is left over a line fitted to every document is the phase's doing.
+    lengths = np.stack([np.ones(before), np.arange(before)], axis=1)
+    residual = nats - lengths @ np.linalg.lstsq(lengths, nats, rcond=None)[0]
+    excess = residual.reshape(PROMPT_CHUNKS, factor, -1).mean(0)
     return {
         "documents": len(texts),
         "continuation_tokens": after,
