@@ -194,13 +194,19 @@ def consolidated_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The model's whole fp32 state, parameters and buffers, on the CPU, without any process group."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if checkpoint.zero_stage == 0:
+    module: dict[str, Tensor] = {}
+    if checkpoint.zero_stage < 2:
         file = checkpoint.directory / "mp_rank_00_model_states.pt"
         # Our own file; DeepSpeed keeps more than tensors in it.
-        return torch.load(file, map_location="cpu", weights_only=False)["module"]
-    return get_fp32_state_dict_from_zero_checkpoint(
+        module = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        if checkpoint.zero_stage == 0:
+            return module
+    state = get_fp32_state_dict_from_zero_checkpoint(
         str(checkpoint.directory.parent), tag=checkpoint.directory.name
     )
+    # Stage 1 keeps fp32 copies of what it trains; frozen parameters are in the module's own state only.
+    frozen = {name: tensor for name, tensor in module.items() if name not in state}
+    return {name: t.float() if t.is_floating_point() else t for name, t in frozen.items()} | state
 
 
 def _fsync(path: Path) -> None:

@@ -27,9 +27,14 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 _ARCHITECTURE = "codec.backbone.architecture"
 # Where the path of an architecture file may stand.
 _ARCHITECTURES = (_ARCHITECTURE, "latent_model.spatial_backbone.architecture")
-# Settings of the codec's two-phase training; the other stages have one phase.
-_CODEC_ONLY = ("frozen_steps", "switch_warmup_steps", "quantizer_warmup_steps")
+# Settings that act in some stages only.
 _CODEC_STAGES = ("rqvae", "joint")
+_ONLY_IN = {
+    "frozen_steps": _CODEC_STAGES,
+    "switch_warmup_steps": _CODEC_STAGES,
+    "quantizer_warmup_steps": _CODEC_STAGES,
+    "stochastic_codes": ("rq_transformer",),
+}
 
 
 class TrainConfig(StrictModel):
@@ -43,6 +48,10 @@ class TrainConfig(StrictModel):
     quantizer_warmup_steps: int = Field(default=0, ge=0)
     """First steps of the codec's training without quantization; k-means then initialises the codebooks.
     About a quarter of `steps` gave the best reconstruction at small scale. 0: on the first batch."""
+    stochastic_codes: bool = False
+    """The latent model is trained on codes drawn from the quantizer's soft assignments at every step, with these
+    as targets (Lee 2022, section 3.2.3; `codec.quantizer.code_temperature`). Needs codes that were precomputed
+    with --latents."""
 
     global_batch_size: int = Field(default=8, gt=0)
     """Samples per optimizer step over all ranks. The world size does not change it."""
@@ -315,6 +324,11 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
     if not isinstance(train_values, Mapping) or not isinstance(sections, Mapping):
         return mistakes
     chosen = stage or values.get("stage")
+    if codec is not None and codec.kind == "identity" and chosen in _CODEC_STAGES:
+        mistakes.append(
+            f"codec.kind: identity leaves the stage {chosen} nothing to train; go on with "
+            "launch/precompute_codes.py and the stage rq_transformer"
+        )
     # With a stage chosen, the others are not going to run: an override of steps may not suit them.
     stages = [chosen] if chosen in STAGES else [name for name in STAGES if name in sections]
     for name in stages:
@@ -382,10 +396,9 @@ def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str
                 f"{where('switch_warmup_steps')}: {train.switch_warmup_steps} exceeds the "
                 f"{train.steps - train.frozen_steps} steps after the frozen phase"
             )
-    else:
-        for name in _CODEC_ONLY:
-            if section.get(name):
-                yield f"stages.{stage}.{name}: has an effect in {' and '.join(_CODEC_STAGES)} only; remove it"
+    for name, stages in _ONLY_IN.items():
+        if stage not in stages and section.get(name):
+            yield f"stages.{stage}.{name}: has an effect in {' and '.join(stages)} only; remove it"
     if train.precision == "bf16" and train.zero_stage == 0:
         yield (
             f"{where('zero_stage')}: 0 keeps no fp32 master weights with precision bf16; "

@@ -58,22 +58,40 @@ class CodecFlops:
 
 def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     """FLOPs of the codec on samples of `sample_length` tokens (causal: half of them are seen on average)."""
+    if config.kind == "identity":
+        return CodecFlops(backbones=0.0, new_layers=0.0, decode=0.0, encode=0.0)
     architecture, factor = config.backbone.architecture, config.compression_factor
-    one_backbone = backbone(architecture, sample_length / 2)
-    resample = 2 * config.latent_dim * architecture.hidden_size
+    # Masks that keep documents or chunks apart save nothing: what they hide is computed.
+    encoder_backbone = backbone(architecture, sample_length / 2)
+    decoder_backbone = 0.0 if config.backbone.decoder == "none" else encoder_backbone
     refinement = (
         block(config.latent_dim, config.num_latent_layers, 8 / 3, sample_length / factor / 2) / factor
     )
     projection = 2 * config.latent_dim * config.codebook_dim / factor
     search = 2 * config.codebook_dim * sum(config.codebook_sizes) / factor
-    encoder_side = 2 * resample + refinement + projection + search  # reads states and embeddings
-    decoder_side = resample + refinement + projection
+    down, up = resampling(config)
+    encoder_side, decoder_side = down + refinement + projection + search, up + refinement + projection
+    pretrained = encoder_backbone
+    if config.backbone.decoder == "same":
+        pretrained += decoder_backbone + head(architecture)
+    encode = encoder_backbone + encoder_side
+    decode = decoder_backbone + decoder_side + head(architecture)
     return CodecFlops(
-        backbones=2 * one_backbone + head(architecture),
-        new_layers=encoder_side + decoder_side,
-        encode=one_backbone + encoder_side,
-        decode=one_backbone + decoder_side + head(architecture),
+        backbones=pretrained, new_layers=encode + decode - pretrained, encode=encode, decode=decode
     )
+
+
+def resampling(config: RQVAEConfig) -> tuple[float, float]:
+    """Forward FLOPs of down- and upsampling per token. The encoder's input is states and embeddings."""
+    hidden, latent = config.backbone.architecture.hidden_size, config.latent_dim
+    if config.resample == "chunked":
+        return 4 * hidden * latent, 2 * hidden * latent
+    steps = config.compression_factor.bit_length() - 1
+    widths = [2 * hidden] * steps + [latent]
+    down = sum(2 * 3 * widths[i] * widths[i + 1] / 2 ** (i + 1) for i in range(steps))
+    # Of a transposed convolution with kernel 4 and stride 2, every output has 2 taps.
+    up = sum(2 * 2 * hidden * hidden / 2**i for i in range(steps))
+    return down or 4 * hidden * latent, up + 2 * hidden * latent / config.compression_factor
 
 
 @dataclass(frozen=True)

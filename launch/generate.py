@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from rqvae import RQVAE, LatentGenerator, load_latent_model
+from rqvae import LatentGenerator, load_codec, load_latent_model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part in ("rqvae", "rq_transformer", "tokenizer"):
             if not (args.model / part).is_dir():
                 raise ValueError(f"'{args.model}' has no '{part}' (launch/convert_checkpoint.py writes it)")
-        vae = RQVAE.from_pretrained(args.model / "rqvae").to(device)
+        vae = load_codec(args.model / "rqvae").to(device)
         latent_model = load_latent_model(args.model / "rq_transformer").to(device)
         tokenizer = AutoTokenizer.from_pretrained(args.model / "tokenizer")
         generator = LatentGenerator(vae, latent_model, tokenizer)

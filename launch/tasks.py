@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from rqvae.encoder import chunk_documents
 from rqvae.flat_transformer import FlatTransformer
 from rqvae.latent_model import LatentModel
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
+from rqvae.randomness import Purpose, sample_seeds, uniform
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
@@ -175,19 +177,23 @@ class RQVAETask(Task):
             return
         vectors_per_sample = dataset.sample_length // self.config.codec.compression_factor
         wanted = INITIALISATION_VECTORS_PER_CODE * max(self.config.codec.codebook_sizes)
-        batch_size = train.micro_batch_size * world_size
-        num_batches = min(-(-wanted // (vectors_per_sample * batch_size)), len(dataset) // batch_size)
+        num_samples = min(-(-wanted // vectors_per_sample), len(dataset))
+        # Every rank reads a stretch of one list of samples, so that the joined vectors are the same, in the same
+        # order, on any number of ranks. What is read beyond the list, for even batches, counts for nothing.
+        size = train.micro_batch_size
+        num_batches = -(-num_samples // (size * world_size))
         generator = torch.Generator().manual_seed(self.config.seed)
         # Drawn with replacement: there may be more samples than fit a permutation.
-        samples = torch.randint(len(dataset), (max(1, num_batches) * batch_size,), generator=generator)
+        samples = torch.randint(len(dataset), (num_samples,), generator=generator)
         quantizer: ResidualQuantizer = engine.module.quantizer  # type: ignore[union-attr,assignment]
         device = quantizer.levels[0].codebook.device
         engine.eval()
         vectors = []
         with torch.no_grad():
-            for batch_samples in samples.split(batch_size):
-                batch = dataset.read(batch_samples.chunk(world_size)[rank].numpy())
-                documents = batch["document_ids"].to(device)
+            for batch_index in range(rank * num_batches, (rank + 1) * num_batches):
+                places = torch.arange(batch_index * size, (batch_index + 1) * size)
+                batch = dataset.read(samples[places.clamp(max=num_samples - 1)].numpy())
+                documents = batch["document_ids"].masked_fill((places >= num_samples)[:, None], 0).to(device)
                 out = engine(batch["input_ids"].to(device), document_ids=documents, quantize=False)
                 vectors.append(
                     out.latents[chunk_documents(documents, self.config.codec.compression_factor) > 0]
@@ -202,6 +208,7 @@ class RQVAETask(Task):
             document_ids=documents,
             num_tokens=num_tokens,
             quantize=step >= self.config.train.quantizer_warmup_steps,
+            seeds=sample_seeds(self.config.seed, step, batch["sample_index"]),
         )
         real = documents > 0
         sums = _token_sums(out.nats, out.correct, real)
@@ -256,7 +263,11 @@ class RQTransformerTask(Task):
         return TokenDataset(self.config.data.directory, split)
 
     def dataset(self, split: str) -> CodeDataset:
-        return CodeDataset(self._token_dataset(split), codes_directory(self.config))
+        return CodeDataset(
+            self._token_dataset(split),
+            codes_directory(self.config),
+            with_latents=self.config.train.stochastic_codes,
+        )
 
     @property
     def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
@@ -291,11 +302,13 @@ class RQTransformerTask(Task):
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         documents = chunk_documents(batch["document_ids"], self.config.codec.compression_factor)
+        codes, soft_targets = self._codes(model, batch, step)
         out = model(
-            batch["codes"],
+            codes,
             batch["input_ids"] if self.config.latent_model.reads_tokens else None,
             token_document_ids=batch["document_ids"],
             num_tokens=num_tokens,
+            soft_targets=soft_targets,
         )
         real = documents > 0
         return StepOutput(
@@ -307,6 +320,22 @@ class RQTransformerTask(Task):
                 "level_correct": out.correct.double().sum((0, 1)),
             },
         )
+
+    def _codes(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, list[Tensor] | None]:
+        """What to predict: the codes on disk or, in training with stochastic codes, a draw and what it is from."""
+        if not self.config.train.stochastic_codes or not model.training:
+            return batch["codes"], None
+        seeds = sample_seeds(self.config.seed, step, batch["sample_index"])
+        numbers = uniform(seeds, Purpose.CODES, *batch["codes"].shape[1:])
+        return self._quantizer.to(numbers.device).sample(batch["latents"], numbers, with_soft_targets=True)
+
+    @cached_property
+    def _quantizer(self) -> ResidualQuantizer:
+        """The one that made the codes, at this run's temperature."""
+        quantizer = ResidualQuantizer.from_pretrained(codes_directory(self.config) / "quantizer")
+        temperature = self.config.codec.quantizer.code_temperature
+        quantizer.config = quantizer.config.model_copy(update={"code_temperature": temperature})
+        return quantizer
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         chunks = sums["chunks"].clamp(min=1)

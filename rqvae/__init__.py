@@ -12,6 +12,7 @@ _HOME = {
     "BaseLM": "backbone",
     "DepthTransformer": "rq_transformer",
     "FlatTransformer": "flat_transformer",
+    "IdentityCodec": "identity_codec",
     "LatentGenerator": "generation",
     "LatentModel": "latent_model",
     "Quantizer": "quantizer",
@@ -26,7 +27,9 @@ _HOME = {
     "TextDecoder": "decoder",
     "TextEncoder": "encoder",
     "TransformerBlock": "layers",
+    "create_codec": "codec",
     "latent_bound": "likelihood",
+    "load_codec": "codec",
     "load_latent_model": "latent_model",
 }
 

@@ -7,6 +7,7 @@ Shape legend used across the package:
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -65,9 +66,42 @@ class BackboneConfig(StrictModel):
     Used when training starts, never when a saved codec is loaded."""
 
 
+class CodecBackboneConfig(BackboneConfig):
+    """The two backbones of a codec: one under the encoder, one in the decoder."""
+
+    shared: bool = False
+    """Encoder and decoder run on one set of weights (with tied embeddings the output head too)."""
+    decoder: Literal["same", "random", "none"] = "same"
+    """Backbone of the decoder. same: as the encoder's, `pretrained` included, and the output head with it;
+    random: the architecture, from random weights; none: straight from the latents to the output head."""
+
+    @model_validator(mode="after")
+    def _can_share(self) -> CodecBackboneConfig:
+        if self.shared and self.decoder != "same":
+            raise ValueError(f"shared: true needs decoder: same, not {self.decoder}")
+        return self
+
+
 class QuantizerConfig(StrictModel):
     """Residual quantization with EMA codebooks (van den Oord 2017, appendix A.1; Lee 2022, section 3.1)."""
 
+    method: Literal["ema", "fsq"] = "ema"
+    """ema: codebooks that follow the data; fsq: fixed grids, finer from level to level (residual FSQ,
+    Mentzer 2023), which learn nothing and cannot die. The EMA settings below then have no effect."""
+    fsq_levels: tuple[int, ...] | None = None
+    """With method fsq: values per dimension. There are `codebook_dim` of them and their product is
+    `codebook_size`, for example [4, 4, 4, 4, 4] for 1024."""
+    shared_codebook: bool = False
+    """All levels use one codebook (Lee 2022, section 3.1), updated once per step from all of them."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """How the gradient passes the quantizer: copied, or turned and scaled with the vector (rotation trick,
+    Fifty 2024)."""
+    level_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a training sample is decoded from a random number of its first levels only
+    (Zeghidour 2021, section III.C: quantizer dropout)."""
+    code_temperature: float = Field(default=0.5, gt=0)
+    """Temperature of stochastic codes, p(code) ~ exp(-distance^2 / (temperature * mean distortion of the
+    level)) (Lee 2022, section 3.2.3; there on the absolute scale of its latents)."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay of `ema_cluster_size` and `ema_embed_sum` per optimizer step."""
     commitment_weight: float = Field(default=0.25, ge=0)
@@ -79,11 +113,25 @@ class QuantizerConfig(StrictModel):
     kmeans_iterations: int = Field(default=10, ge=0)
     """Lloyd iterations of the level-by-level initialisation on residuals."""
 
+    @model_validator(mode="after")
+    def _grid_is_given(self) -> QuantizerConfig:
+        if (self.method == "fsq") != (self.fsq_levels is not None):
+            raise ValueError("fsq_levels: needed with method fsq, and only there")
+        if self.fsq_levels is not None and any(size < 2 for size in self.fsq_levels):
+            raise ValueError("fsq_levels: every dimension needs at least 2 values")
+        if self.method == "fsq" and self.shared_codebook:
+            raise ValueError("shared_codebook: the grids of method fsq differ in scale by level")
+        return self
+
 
 class RQVAEConfig(StrictModel):
     """The codec: K tokens <-> one latent position of D residual codes."""
 
-    backbone: BackboneConfig
+    kind: Literal["rqvae", "identity"] = "rqvae"
+    """identity: the codes are the tokens themselves (D = K, C = vocabulary and one for "no token"), nothing
+    is learnt or lost (as in MEGABYTE, Yu 2023). The baseline that every codec must beat. Levels and sizes
+    follow from the rest, and the settings of the networks have no effect."""
+    backbone: CodecBackboneConfig
     compression_factor: int = Field(default=4, gt=0)
     """K: tokens per latent position."""
     codebook_levels: int = Field(default=8, gt=0)
@@ -97,7 +145,37 @@ class RQVAEConfig(StrictModel):
     num_latent_layers: int = Field(default=1, ge=0)
     """Causal refinement layers at latent resolution, in the encoder and again in the decoder."""
     latent_head_dim: int = Field(default=64, gt=0)
+    resample: Literal["chunked", "reference"] = "chunked"
+    """chunked: chunks do not reach into each other and everything is causal. reference: overlapping
+    convolutions (kernel 3 and 4, stride 2) and unmasked refinement as in charleslow/rq_vae, for the
+    ablation; such codes see the future, so generation refuses them."""
+    encoder_context: Literal["document", "chunk"] = "document"
+    """What a latent may depend on: all of its document up to its chunk's end, or its chunk alone."""
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of tokens that the encoder sees as a learned mask vector in training (CALM, Shao 2025)."""
+    latent_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the quantized latent's entries set to 0 in training (CALM, Shao 2025)."""
+    latent_noise: float = Field(default=0.0, ge=0)
+    """Gaussian noise on the quantized latents in training, relative to their root mean square."""
     quantizer: QuantizerConfig = QuantizerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identity_follows(cls, values: Any) -> Any:
+        """Fill in what the identity codec's shape must be; a contradiction is found below."""
+        if not isinstance(values, dict) or values.get("kind") != "identity":
+            return values
+        try:
+            vocabulary = int(values["backbone"]["architecture"]["vocab_size"])
+        except (KeyError, TypeError, ValueError):
+            return values  # reported by the fields' own checks
+        shape = {
+            "codebook_levels": values.get(
+                "compression_factor", cls.model_fields["compression_factor"].default
+            ),
+            "codebook_size": vocabulary + 1,
+        }
+        return {**shape, **values}
 
     @field_validator("codebook_size")
     @classmethod
@@ -118,12 +196,49 @@ class RQVAEConfig(StrictModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> RQVAEConfig:
+        sizes, quantizer = set(self.codebook_sizes), self.quantizer
+        if quantizer.shared_codebook and len(sizes) > 1:
+            raise ValueError(f"quantizer.shared_codebook: one codebook has one size, not {sorted(sizes)}")
+        if quantizer.fsq_levels is not None:
+            if len(quantizer.fsq_levels) != self.codebook_dim:
+                raise ValueError(
+                    f"quantizer.fsq_levels: lists {len(quantizer.fsq_levels)} dimensions, codebook_dim is "
+                    f"{self.codebook_dim}"
+                )
+            if sizes != {math.prod(quantizer.fsq_levels)}:
+                raise ValueError(
+                    f"quantizer.fsq_levels: their product is {math.prod(quantizer.fsq_levels)}, codebook_size "
+                    f"is {self.codebook_size}"
+                )
+        if self.resample == "reference" and self.compression_factor & (self.compression_factor - 1):
+            raise ValueError(
+                f"resample: reference halves step by step, so compression_factor={self.compression_factor} "
+                "must be a power of 2"
+            )
+        if self.kind == "identity":
+            shape = (self.compression_factor, self.backbone.architecture.vocab_size + 1)
+            if (self.codebook_levels, *sizes) != shape:
+                raise ValueError(
+                    f"kind: identity means codebook_levels {shape[0]} and codebook_size {shape[1]}; leave them out"
+                )
+        return self
+
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """C of every level."""
         if isinstance(self.codebook_size, int):
             return (self.codebook_size,) * self.codebook_levels
         return self.codebook_size
+
+
+class ResidualQuantizerConfig(StrictModel):
+    """A residual quantizer by itself, as it is kept beside the codes it made."""
+
+    codebook_sizes: tuple[int, ...]
+    codebook_dim: int = Field(gt=0)
+    quantizer: QuantizerConfig
 
 
 class RQTransformerShape(StrictModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from rqvae.backbone import build_backbone
 from rqvae.config import RQVAEConfig
@@ -14,15 +14,16 @@ from rqvae.layers import (
     TransformerBlock,
     TransformerCache,
     causal_document_mask,
+    document_mask,
     positions_in_documents,
 )
-from rqvae.resample import Upsample
+from rqvae.resample import ReferenceUpsample, Upsample
 
 
 class DecoderCache:
     """What the decoder keeps between blocks of latents when text is decoded as it is generated."""
 
-    def __init__(self, refinement: TransformerCache, backbone: DynamicCache, documents: Tensor):
+    def __init__(self, refinement: TransformerCache, backbone: DynamicCache | None, documents: Tensor):
         self.refinement = refinement
         self.backbone = backbone
         self.documents = documents  # LongTensor [B, latents so far]
@@ -31,10 +32,16 @@ class DecoderCache:
 class TextDecoder(nn.Module):
     """Projection from the codebook space, causal refinement, upsampling, causal backbone, output head.
 
-    The logits of chunk j depend on latents up to j only, so text can be decoded while it is generated.
+    The logits of chunk j depend on latents up to j only, so text can be decoded while it is generated. Not so
+    with `resample: reference`.
+
+    Args:
+        shared_backbone: the encoder's backbone with its embeddings, for `backbone.shared`.
     """
 
-    def __init__(self, config: RQVAEConfig):
+    backbone: PreTrainedModel | None
+
+    def __init__(self, config: RQVAEConfig, shared_backbone: PreTrainedModel | None = None):
         super().__init__()
         architecture = config.backbone.architecture
         self.compression_factor = config.compression_factor
@@ -42,16 +49,28 @@ class TextDecoder(nn.Module):
         self.refinement = TransformerBlock(
             config.latent_dim, config.num_latent_layers, config.latent_head_dim, 8 / 3, 1e4
         )
-        self.upsample = Upsample(config.latent_dim, architecture.hidden_size, config.compression_factor)
-        self.backbone = build_backbone(architecture, with_embeddings=False)
+        self.is_causal = config.resample == "chunked"
+        resample = Upsample if self.is_causal else ReferenceUpsample
+        self.upsample = resample(config.latent_dim, architecture.hidden_size, config.compression_factor)
+        self.norm = None
+        if shared_backbone is not None:
+            # Not registered: it is a part of the encoder, and its weights are to be counted and saved once.
+            self.__dict__["backbone"] = shared_backbone
+        elif config.backbone.decoder == "none":
+            self.backbone = None
+            self.norm = nn.LayerNorm(architecture.hidden_size, bias=False)  # a backbone ends with one
+        else:
+            self.backbone = build_backbone(architecture, with_embeddings=False)
         self.head = LinearHead(architecture.hidden_size, architecture.vocab_size)
+        if shared_backbone is not None and architecture.tie_word_embeddings:
+            self.head.weight = shared_backbone.get_input_embeddings().weight  # type: ignore[assignment]
 
     def new_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
         """Empty cache for decoding block by block."""
         like = self.from_codebook.weight
         return DecoderCache(
             self.refinement.new_cache(batch_size, max_latents, like),
-            DynamicCache(config=self.backbone.config),
+            None if self.backbone is None else DynamicCache(config=self.backbone.config),
             torch.zeros(batch_size, 0, dtype=torch.long, device=like.device),
         )
 
@@ -70,22 +89,25 @@ class TextDecoder(nn.Module):
         # Without padding or packing a mask has nothing to say that causality does not.
         is_plain = cache is not None and cache.documents.shape[1] == 0 and bool((documents == 1).all())
         positions = positions_in_documents(seen)[:, -documents.shape[1] :]
-        mask = None if is_plain else causal_document_mask(documents, seen)
+        mask_of = causal_document_mask if self.is_causal else document_mask
+        mask = None if is_plain else mask_of(documents, seen)
         x = self.from_codebook(latents.to(self.from_codebook.weight.dtype))
         x = self.refinement(x, positions, mask, cache.refinement if cache is not None else None)
         x = self.upsample(x)
+        if cache is not None:
+            cache.documents = seen
+        if self.backbone is None:
+            assert self.norm is not None
+            return self.norm(x)
         tokens, seen_tokens = (d.repeat_interleave(self.compression_factor, 1) for d in (documents, seen))
         token_positions = positions_in_documents(seen_tokens)[:, -tokens.shape[1] :]
-        x = self.backbone(
+        return self.backbone(
             inputs_embeds=x,
             attention_mask=causal_document_mask(tokens, seen_tokens),
             position_ids=token_positions,
             past_key_values=cache.backbone if cache is not None else None,
             use_cache=cache is not None,
         ).last_hidden_state
-        if cache is not None:
-            cache.documents = seen
-        return x
 
     def forward(
         self,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rqvae.codec import Codec
 from rqvae.latent_model import LatentModel
-from rqvae.rq_vae import RQVAE
 
 DECODE_BLOCK = 32
 """Latents generated between two decodes. Decoding many positions at once is nearly free, but the end of a
@@ -59,10 +59,15 @@ class LatentGenerator:
     the next one is drawn. It cannot decode deferred, many latents at a time: its speed is the streaming speed.
 
     Raises:
-        ValueError: the latent model was trained on the codes of another codec.
+        ValueError: the latent model was trained on the codes of another codec, or the codec sees the future.
     """
 
-    def __init__(self, vae: RQVAE, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, vae: Codec, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
+        if vae.config.resample == "reference":
+            raise ValueError(
+                "codes made with resample: reference depend on the text after them, so they cannot be "
+                "generated in order; train a codec with resample: chunked"
+            )
         expected = rq_transformer.config.codec_hash
         if expected is not None and expected != (actual := vae.codec_hash()):
             raise ValueError(

@@ -50,6 +50,11 @@ def causal_document_mask(query_documents: Tensor, key_documents: Tensor) -> Tens
     return (causal & (query_documents[:, :, None] == key_documents[:, None, :]))[:, None]
 
 
+def document_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+    """`causal_document_mask` without the causality: everything in the same document, before and after."""
+    return (query_documents[:, :, None] == key_documents[:, None, :])[:, None]
+
+
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of rotary position embeddings (Su 2021, equation 34), computed in fp32."""
 

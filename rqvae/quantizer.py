@@ -11,6 +11,7 @@ Shapes: N vectors, E `codebook_dim`, C codebook size, D levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rqvae.config import QuantizerConfig
+from rqvae import persistence
+from rqvae.config import QuantizerConfig, ResidualQuantizerConfig
 
 BLOCK_DISTANCES = 1 << 22
 """Distances formed at a time, so that memory does not grow as vectors x C."""
@@ -119,6 +121,27 @@ def compute_perplexity(counts: Tensor) -> Tensor:
     return torch.special.entr(shares).sum(-1).exp()
 
 
+def rotate_to(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` in value, with the gradient of a rotation and scaling of `vectors` onto it.
+
+    The rotation trick (Fifty 2024, section 4.2): the gradient keeps its angle to the vector, where
+    straight-through keeps its direction.
+
+    Args:
+        vectors, quantized: [N, E]; no gradient flows into `quantized`.
+    """
+    length, target_length = (
+        x.detach().norm(dim=1, keepdim=True).clamp(min=1e-6) for x in (vectors, quantized)
+    )
+    direction, target = vectors.detach() / length, quantized.detach() / target_length
+    middle = torch.nn.functional.normalize(direction + target, dim=1)
+    rotated = vectors - 2 * (vectors * middle).sum(1, keepdim=True) * middle
+    rotated = rotated + 2 * (vectors * direction).sum(1, keepdim=True) * target
+    rotated = rotated * (target_length / length)
+    # The difference is exactly 0, so that the value is that of the codes to the last bit.
+    return quantized.detach() + (rotated - rotated.detach())
+
+
 class Quantizer(nn.Module):
     """One level: a codebook and its moving averages.
 
@@ -126,10 +149,12 @@ class Quantizer(nn.Module):
         codebook: [C, E].
         ema_cluster_size: [C] moving average of the vectors assigned per step.
         ema_embed_sum: [C, E] moving average of their sum.
+        ema_distortion: [] moving average of the mean squared distance to the chosen entry.
         dead_replaced: [] int64, codes re-seeded since the start of training.
     """
 
     codebook: Tensor
+    ema_distortion: Tensor
     ema_cluster_size: Tensor
     ema_embed_sum: Tensor
     dead_replaced: Tensor
@@ -142,6 +167,7 @@ class Quantizer(nn.Module):
         self.register_buffer("codebook", torch.randn(codebook_size, dim).float())
         self.register_buffer("ema_cluster_size", torch.ones(codebook_size).float())
         self.register_buffer("ema_embed_sum", self.codebook.clone())
+        self.register_buffer("ema_distortion", torch.ones(()).float())
         self.register_buffer("dead_replaced", torch.zeros((), dtype=torch.long))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -162,6 +188,22 @@ class Quantizer(nn.Module):
         """Codebook entries: LongTensor [...] -> [..., E]."""
         return F.embedding(codes, self.codebook)
 
+    def soft_assignment(self, vectors: Tensor, temperature: float) -> Tensor:
+        """Probability of every code, p(code) ~ exp(-distance^2 / (temperature * mean distortion)).
+
+        Lee 2022, equation 13; the mean distortion of this level in training makes the temperature free of
+        scale.
+
+        Args:
+            vectors: [N, E].
+
+        Returns:
+            [N, C].
+        """
+        # |x|^2 is the same for every code and falls out of the softmax.
+        distances = torch.addmm(self.codebook.square().sum(1), vectors, self.codebook.T, alpha=-2)
+        return (-distances / (temperature * self.ema_distortion.clamp(min=1e-12))).softmax(-1)
+
     def compute_perplexity(self) -> Tensor:
         """Perplexity of the moving-average usage, between 1 and C."""
         return compute_perplexity(self.ema_cluster_size)
@@ -170,10 +212,18 @@ class Quantizer(nn.Module):
     def initialize(self, vectors: Tensor, num_iterations: int, generator: torch.Generator) -> None:
         """k-means on `vectors` [N, E], the same on all ranks."""
         # Equal vectors do not make equal bits: sums run in another order on another device.
-        self.codebook.copy_(from_first_rank(kmeans(vectors, self.codebook_size, num_iterations, generator)))
-        uniform = torch.ones_like(self.ema_cluster_size)
-        self.ema_cluster_size.copy_(uniform)
+        self.start_from(
+            from_first_rank(kmeans(vectors, self.codebook_size, num_iterations, generator)), vectors
+        )
+
+    @torch.no_grad()
+    def start_from(self, codebook: Tensor, vectors: Tensor) -> None:
+        """Take these entries [C, E], as if each had been used once per step; `vectors` [N, E] set the scale."""
+        self.codebook.copy_(codebook)
+        self.ema_cluster_size.fill_(1)
         self.ema_embed_sum.copy_(self.codebook)
+        left = vectors - self.embed(self.quantize(vectors))
+        self.ema_distortion.copy_(from_first_rank(left.square().sum(1).mean()))
 
     @torch.no_grad()
     def apply_ema(self, counts: Tensor, sums: Tensor, decay: float) -> None:
@@ -212,6 +262,50 @@ class Quantizer(nn.Module):
         return len(dead)
 
 
+class FiniteScalarQuantizer(Quantizer):
+    """One level whose entries are a fixed grid in [-scale, scale]^E (Mentzer 2023, section 3).
+
+    The grid points are the centres of equal cells, so that what is left over lies within a cell's half width and
+    a finer grid can go on from there, also with 2 values per dimension. (The paper's outermost points lie on the
+    edges, where a second level of 2 values would gain nothing.)
+
+    Nothing is learnt and no code can die; the averages only count usage.
+
+    Args:
+        levels: values per dimension; C is their product.
+        scale: [E] half-width of the grid in every dimension.
+    """
+
+    def __init__(self, levels: tuple[int, ...], scale: Tensor):
+        points = [(2 * torch.arange(size) + 1) / size - 1 for size in levels]
+        grid = torch.cartesian_prod(*points).view(-1, len(levels))
+        super().__init__(len(grid), len(levels))
+        self.codebook.copy_(grid * scale)
+        self.register_buffer("sizes", torch.tensor(levels), persistent=False)
+        self.register_buffer("scale", scale.float(), persistent=False)
+
+    sizes: Tensor
+    scale: Tensor
+
+    def quantize(self, vectors: Tensor) -> Tensor:
+        """Nearest grid point of every vector, dimension by dimension: [N, E] -> LongTensor [N]."""
+        cells = ((vectors / self.scale + 1) * self.sizes / 2).floor().clamp(min=0).long()
+        cells = torch.minimum(cells, self.sizes - 1)
+        strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
+        return (cells * strides).sum(1)
+
+    def initialize(self, vectors: Tensor, num_iterations: int, generator: torch.Generator) -> None:
+        """The grid stays."""
+
+    def apply_ema(self, counts: Tensor, sums: Tensor, decay: float) -> None:
+        """Count usage; the grid stays."""
+        self.ema_cluster_size.lerp_(counts, 1 - decay)
+
+    def replace_dead_codes(self, residuals: Tensor, threshold: float, generator: torch.Generator) -> int:
+        """Nothing to replace: returns 0."""
+        return 0
+
+
 class ResidualQuantizerOutput(NamedTuple):
     """Result of residual quantization of [B, S, E]."""
 
@@ -226,53 +320,109 @@ class ResidualQuantizerOutput(NamedTuple):
 
 
 class ResidualQuantizer(nn.Module):
-    """D quantizers, each coding what the ones before left over (Lee 2022, section 3.1, equations 2-3)."""
+    """D quantizers, each coding what the ones before left over (Lee 2022, section 3.1, equations 2-3).
+
+    Args:
+        codebook_sizes: C of every level.
+        dim: E.
+
+    Attributes:
+        levels: the quantizers: one per level, or a single one that serves all (`shared_codebook`).
+    """
 
     def __init__(self, codebook_sizes: tuple[int, ...], dim: int, config: QuantizerConfig):
         super().__init__()
         self.config = config
         self.dim = dim
-        self.levels: Sequence[Quantizer] = nn.ModuleList(  # type: ignore[assignment]
-            Quantizer(size, dim) for size in codebook_sizes
+        self.num_levels = len(codebook_sizes)
+        self.levels: Sequence[Quantizer]
+        if config.fsq_levels is not None:
+            finer = 1 / torch.tensor(config.fsq_levels)  # n values leave 1 / n of the width
+            self.levels = nn.ModuleList(  # type: ignore[assignment]
+                FiniteScalarQuantizer(config.fsq_levels, finer**level) for level in range(self.num_levels)
+            )
+        else:
+            sizes = codebook_sizes[:1] if config.shared_codebook else codebook_sizes
+            self.levels = nn.ModuleList(Quantizer(size, dim) for size in sizes)  # type: ignore[assignment]
+        # Since the last update: residuals [N, D, E], codes [N, D], summed squared distances [D].
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> ResidualQuantizer:
+        """Load what `save_pretrained` wrote, in evaluation mode; ValueError if it is something else."""
+
+        def create(config: ResidualQuantizerConfig) -> ResidualQuantizer:
+            return cls(config.codebook_sizes, config.codebook_dim, config.quantizer)
+
+        return persistence.load_model(cls, ResidualQuantizerConfig, directory, create)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and safetensors."""
+        config = ResidualQuantizerConfig(
+            codebook_sizes=self.codebook_sizes, codebook_dim=self.dim, quantizer=self.config
         )
-        self._pending: list[
-            tuple[Tensor, Tensor]
-        ] = []  # residuals [N, D, E], codes [N, D] since the last update
+        persistence.save_model(self, config, directory)
+
+    def level(self, index: int) -> Quantizer:
+        """The quantizer that serves a level."""
+        return self.levels[0 if self.config.shared_codebook else index]
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """C of every level."""
-        return tuple(level.codebook_size for level in self.levels)
+        return tuple(self.level(index).codebook_size for index in range(self.num_levels))
 
-    def forward(self, latents: Tensor, mask: Tensor) -> ResidualQuantizerOutput:
+    def bound(self, latents: Tensor) -> Tensor:
+        """Latents as they are quantized: brought into [-1, 1] for fixed grids, else as they are."""
+        return latents.tanh() if self.config.method == "fsq" else latents
+
+    def forward(
+        self, latents: Tensor, mask: Tensor, kept_levels: Tensor | None = None
+    ) -> ResidualQuantizerOutput:
         """Quantize.
 
         In training mode the real vectors are remembered for the next `update_codebook_ema`.
 
         Args:
-            latents: [B, S, E] in any float dtype; quantized in fp32 (or fp64).
+            latents: [B, S, E] in any float dtype, through `bound`; quantized in fp32 (or fp64).
             mask: BoolTensor [B, S], False at padding, which is coded but counts for nothing.
+            kept_levels: LongTensor [B], leading levels that `quantized` is made of; all by default. Codes,
+                losses and codebooks are not touched by it.
         """
         work_dtype = torch.promote_types(latents.dtype, torch.float32)
         vectors = latents.to(work_dtype).reshape(-1, self.dim)
         real = mask.reshape(-1)
+        if kept_levels is not None:
+            kept_levels = kept_levels.repeat_interleave(latents.shape[1])[:, None]
         residual = vectors.detach()
         total = torch.zeros_like(residual)
+        kept = total
         commitment = vectors.new_zeros(())
         codes, residuals, distortion = [], [], []
-        for level in self.levels:
+        for index in range(self.num_levels):
+            level = self.level(index)
             level_codes = level.quantize(residual)
             residuals.append(residual)
             codes.append(level_codes)
             total = total + level.embed(level_codes)
             residual = vectors.detach() - total
+            if kept_levels is not None:
+                kept = torch.where(kept_levels > index, total, kept)
             # Every level's partial sum is asked to be near the input (Lee 2022, equation 7).
             commitment = commitment + ((vectors - total).square().mean(1) * real).sum()
             distortion.append((residual.square().sum(1) * real).sum())
         all_codes = torch.stack(codes, dim=1)
         if self.training:
-            self._pending.append((torch.stack(residuals, dim=1)[real], all_codes[real]))
-        quantized = vectors + (total - vectors).detach()
+            seen = torch.stack(residuals, dim=1)[real], all_codes[real], torch.stack(distortion).detach()
+            self._pending.append(seen)
+        if kept_levels is None:
+            kept = total
+        if self.config.method == "fsq":
+            commitment = commitment * 0  # a grid has nothing to be near to (Mentzer 2023, table 1)
+        if self.config.gradient == "rotation":
+            quantized = rotate_to(vectors, kept)
+        else:
+            quantized = vectors + (kept - vectors).detach()
         return ResidualQuantizerOutput(
             quantized.to(latents.dtype).view_as(latents),
             all_codes.view(*latents.shape[:2], -1),
@@ -280,10 +430,42 @@ class ResidualQuantizer(nn.Module):
             torch.stack(distortion),
         )
 
+    @torch.no_grad()
+    def sample(
+        self, latents: Tensor, numbers: Tensor, with_soft_targets: bool = False
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Stochastic codes: every level drawn from its soft assignment of what the draws before left over.
+
+        Lee 2022, section 3.2.3: sampled codes as inputs and their distributions as targets keep the latent
+        model from relying on codes that it will not predict exactly.
+
+        Args:
+            latents: [B, S, E], through `bound`.
+            numbers: [B, S, D] uniform in (0, 1), one per draw.
+            with_soft_targets: also return the distributions that were drawn from.
+
+        Returns:
+            LongTensor [B, S, D], and by level [B, S, C] or None.
+        """
+        work_dtype = torch.promote_types(latents.dtype, torch.float32)
+        residual = latents.to(work_dtype).reshape(-1, self.dim)
+        codes: list[Tensor] = []
+        targets: list[Tensor] = []
+        for index in range(self.num_levels):
+            level = self.level(index)
+            shares = level.soft_assignment(residual, self.config.code_temperature)
+            if with_soft_targets:
+                targets.append(shares.view(*latents.shape[:2], -1))
+            cumulative = shares.cumsum(1)
+            draws = numbers[..., index].reshape(-1, 1).to(work_dtype) * cumulative[:, -1:]
+            codes.append(torch.searchsorted(cumulative, draws).squeeze(1).clamp(max=level.codebook_size - 1))
+            residual = residual - level.embed(codes[-1])
+        return torch.stack(codes, dim=1).view(numbers.shape), targets if with_soft_targets else None
+
     def embed(self, codes: Tensor) -> Tensor:
         """Sum of the codebook entries of the first levels given: LongTensor [..., D' <= D] -> [..., E]."""
-        levels = list(self.levels)[: codes.shape[-1]]
-        return sum((level.embed(codes[..., i]) for i, level in enumerate(levels)), torch.zeros(()))
+        parts = (self.level(i).embed(codes[..., i]) for i in range(codes.shape[-1]))
+        return sum(parts, torch.zeros(()))
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor, seed: int) -> None:
@@ -303,10 +485,29 @@ class ResidualQuantizer(nn.Module):
         ).to(self.levels[0].codebook.dtype)
         if len(residual) == 0:
             raise ValueError("no real latent vectors to initialise the codebooks from")
-        for level in self.levels:
-            level.initialize(residual, self.config.kmeans_iterations, generator)
-            residual = residual - level.embed(level.quantize(residual))
+        if self.config.shared_codebook:
+            self._initialize_shared(residual, generator)
+        else:
+            for level in self.levels:
+                level.initialize(residual, self.config.kmeans_iterations, generator)
+                residual = residual - level.embed(level.quantize(residual))
         self._pending.clear()
+
+    def _initialize_shared(self, residual: Tensor, generator: torch.Generator) -> None:
+        """One codebook of entries for every level: C / D from k-means on each level's residuals.
+
+        k-means on the latents alone would give deeper levels no entry small enough.
+        """
+        only = self.levels[0]
+        parts, left = [], only.codebook_size
+        rest = residual
+        for index in range(self.num_levels):
+            share = left // (self.num_levels - index)
+            part = from_first_rank(kmeans(rest, share, self.config.kmeans_iterations, generator))
+            rest = rest - part[nearest(rest, part)]
+            left -= share
+            parts.append(part)
+        only.start_from(torch.cat(parts), residual)
 
     @torch.no_grad()
     def update_codebook_ema(self, step: int, seed: int) -> list[int]:
@@ -319,30 +520,38 @@ class ResidualQuantizer(nn.Module):
             seed: of the choice of new places for dead codes, together with `step`.
 
         Returns:
-            Codes re-seeded per level.
+            Codes re-seeded per codebook.
         """
         # In front of what was seen stands nothing, in the right type, for a rank that has seen nothing.
-        nothing = self.levels[0].codebook.new_zeros(0, len(self.levels), self.dim)
-        residuals = torch.cat([nothing, *(r for r, _ in self._pending)])
-        codes = torch.cat([nothing[..., 0].long(), *(c for _, c in self._pending)])
+        nothing = self.levels[0].codebook.new_zeros(0, self.num_levels, self.dim)
+        residuals = torch.cat([nothing, *(residuals for residuals, _, _ in self._pending)])
+        codes = torch.cat([nothing[..., 0].long(), *(codes for _, codes, _ in self._pending)])
+        distortion = sum((d for _, _, d in self._pending), nothing.new_zeros(self.num_levels))
         self._pending.clear()
-        parts: list[Tensor] = []
-        for i, level in enumerate(self.levels):
-            parts += sum_by_code(residuals[:, i], codes[:, i], level.codebook_size)
+        # What every quantizer served: its own level, or all of them.
+        shared = self.config.shared_codebook
+        served = [slice(None)] if shared else [slice(i, i + 1) for i in range(self.num_levels)]
+        parts: list[Tensor] = [distortion]
+        for level, mine in zip(self.levels, served, strict=True):
+            parts += sum_by_code(
+                residuals[:, mine].flatten(0, 1), codes[:, mine].flatten(), level.codebook_size
+            )
         # One message for all levels.
         joined = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
-        pieces = joined.split([part.numel() for part in parts])
+        distortion, *pieces = joined.split([part.numel() for part in parts])
         replaced = []
-        for i, level in enumerate(self.levels):
+        for i, (level, mine) in enumerate(zip(self.levels, served, strict=True)):
             counts, sums = pieces[2 * i], pieces[2 * i + 1].view(-1, self.dim)
-            level.apply_ema(
-                counts.to(level.codebook.dtype), sums.to(level.codebook.dtype), self.config.ema_decay
-            )
+            dtype = level.codebook.dtype
+            level.apply_ema(counts.to(dtype), sums.to(dtype), self.config.ema_decay)
+            if (num_vectors := counts.sum()) > 0:
+                mean = distortion[mine].sum() / num_vectors
+                level.ema_distortion.lerp_(mean.to(level.ema_distortion.dtype), 1 - self.config.ema_decay)
             replaced.append(0)
             if self.config.threshold_ema_dead_code and step % self.config.dead_code_interval == 0:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + i)
                 replaced[i] = level.replace_dead_codes(
-                    residuals[:, i], self.config.threshold_ema_dead_code, generator
+                    residuals[:, mine].flatten(0, 1), self.config.threshold_ema_dead_code, generator
                 )
         return replaced
 

@@ -13,8 +13,9 @@ from rqvae import persistence
 from rqvae.backbone import load_pretrained
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
-from rqvae.encoder import TextEncoder, chunk_documents
+from rqvae.encoder import TextEncoder, chunk_documents, token_documents
 from rqvae.quantizer import ResidualQuantizer
+from rqvae.randomness import Purpose, normal, uniform
 
 
 class RQVAEOutput(NamedTuple):
@@ -48,13 +49,16 @@ class RQVAE(nn.Module):
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
+        if config.kind != "rqvae":
+            raise ValueError(f"an RQVAE needs kind: rqvae; kind: {config.kind} has nothing to train")
         # Where the weights once started from is the run's business: a saved codec is complete without it.
         self.config = config.model_copy(
             update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
         )
         self.encoder = TextEncoder(config)
         self.quantizer = ResidualQuantizer(config.codebook_sizes, config.codebook_dim, config.quantizer)
-        self.decoder = TextDecoder(config)
+        shared = self.encoder.backbone if config.backbone.shared else None
+        self.decoder = TextDecoder(config, shared)
 
     # Persistence ---------------------------------------------------------------------------------------
 
@@ -78,14 +82,24 @@ class RQVAE(nn.Module):
     # Training ------------------------------------------------------------------------------------------
 
     def load_backbone(self, source: str) -> None:
-        """Initialise both backbones and the output head from a causal LM in Hugging Face layout."""
+        """Initialise from a causal LM in Hugging Face layout what `backbone.decoder` says: the encoder's
+        backbone, and the decoder's with the output head."""
+        settings = self.config.backbone
+        if settings.shared:
+            load_pretrained(source, self.encoder.backbone, self.decoder.head)
+            return
         load_pretrained(source, self.encoder.backbone, None)
-        load_pretrained(source, self.decoder.backbone, self.decoder.head)
+        if settings.decoder == "same":
+            assert self.decoder.backbone is not None
+            load_pretrained(source, self.decoder.backbone, self.decoder.head)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """What `load_backbone` fills and the frozen warm-up leaves alone; all else is new."""
-        for module in (self.encoder.backbone, self.decoder.backbone, self.decoder.head):
-            yield from module.parameters()
+        modules: list[nn.Module | None] = [self.encoder.backbone]
+        if self.config.backbone.decoder == "same":
+            modules += [None if self.config.backbone.shared else self.decoder.backbone, self.decoder.head]
+        unique = {id(p): p for module in modules if module is not None for p in module.parameters()}
+        yield from unique.values()
 
     def forward(
         self,
@@ -94,6 +108,7 @@ class RQVAE(nn.Module):
         document_ids: Tensor | None = None,
         num_tokens: Tensor | None = None,
         quantize: bool = True,
+        seeds: Tensor | None = None,
     ) -> RQVAEOutput:
         """Encode, quantize, decode, and score.
 
@@ -104,6 +119,8 @@ class RQVAE(nn.Module):
             num_tokens: denominator of the losses; by default the real tokens of this batch. A training
                 loop passes its share of the whole step's tokens.
             quantize: False passes the continuous latents on (the first part of training).
+            seeds: LongTensor [B] of `randomness.sample_seeds`, for what is drawn in training mode (dropout
+                and noise); by default from torch's global generator.
 
         Raises:
             ValueError: T is not a multiple of K.
@@ -113,15 +130,19 @@ class RQVAE(nn.Module):
         if num_tokens is None:
             num_tokens = real.sum().clamp(min=1)
         documents = chunk_documents(document_ids, self.config.compression_factor)
-        latents = self.encoder(input_ids, document_ids)
+        if self.training and seeds is None:
+            seeds = torch.randint(1 << 62, input_ids.shape[:1], device=input_ids.device)
+        latents = self.encoder(input_ids, document_ids, self._hidden_tokens(real, seeds))
+        latents = self.quantizer.bound(latents)
         decoder_input = latents
         if quantize:
-            quantized = self.quantizer(latents, documents > 0)
+            quantized = self.quantizer(latents, documents > 0, self._kept_levels(seeds))
             decoder_input, codes, distortion = quantized.quantized, quantized.codes, quantized.distortion
             commitment = quantized.commitment_loss * self.config.compression_factor / num_tokens
         else:
             codes, distortion = None, latents.new_zeros(0)
             commitment = latents.new_zeros(())
+        decoder_input = self._disturbed(decoder_input, documents > 0, seeds)
         out = self.decoder(decoder_input, documents, input_ids, real / num_tokens)
         rate = torch.zeros_like(out.loss)
         return RQVAEOutput(
@@ -136,23 +157,70 @@ class RQVAE(nn.Module):
             distortion=distortion,
         )
 
+    # What training adds at random; `seeds` is None outside of training.
+
+    def _hidden_tokens(self, real: Tensor, seeds: Tensor | None) -> Tensor | None:
+        """BoolTensor [B, T]: tokens that the encoder does not get to see."""
+        if not self.training or not self.config.token_dropout:
+            return None
+        assert seeds is not None
+        return (uniform(seeds, Purpose.TOKEN_DROPOUT, real.shape[1]) < self.config.token_dropout) & real
+
+    def _kept_levels(self, seeds: Tensor | None) -> Tensor | None:
+        """LongTensor [B]: leading levels that the decoder gets, of every sample."""
+        share, levels = self.config.quantizer.level_dropout, self.config.codebook_levels
+        if not self.training or not share:
+            return None
+        assert seeds is not None
+        is_cut, where = uniform(seeds, Purpose.LEVEL_DROPOUT, 2).unbind(1)
+        return torch.where(is_cut < share, (where * levels).long() + 1, levels)
+
+    def _disturbed(self, latents: Tensor, real: Tensor, seeds: Tensor | None) -> Tensor:
+        """Latents [B, S, E] with noise and dropout."""
+        noise, dropout = self.config.latent_noise, self.config.latent_dropout
+        if not self.training:
+            return latents
+        assert seeds is not None
+        if noise:
+            mean_square = (latents.detach().square().mean(-1) * real).sum() / real.sum().clamp(min=1)
+            drawn = normal(seeds, Purpose.LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
+            latents = latents + noise * mean_square.sqrt() * drawn
+        if dropout:
+            kept = uniform(seeds, Purpose.LATENT_DROPOUT, *latents.shape[1:]) >= dropout
+            latents = latents * kept / (1 - dropout)
+        return latents
+
     # Use -----------------------------------------------------------------------------------------------
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Codes of token chunks: LongTensor [B, T] -> LongTensor [B, T / K, D].
 
-        Args: as in `forward`.
+        Args:
+            input_ids, attention_mask, document_ids: as in `forward`.
+            sample: draw every code instead of taking the nearest (`ResidualQuantizer.sample`).
+            generator: of the draws, on the device of the model.
         """
-        document_ids = self._documents(input_ids, attention_mask, document_ids)
         with torch.inference_mode():
-            latents = self.encoder(input_ids, document_ids)
-            mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
-            was_training = self.quantizer.training
-            self.quantizer.eval()  # encoding is not learning
-            codes = self.quantizer(latents, mask).codes
-            self.quantizer.train(was_training)
+            latents = self.quantizer.bound(
+                self.encoder(input_ids, self._documents(input_ids, attention_mask, document_ids))
+            )
+            if sample:
+                shape = (*latents.shape[:2], self.config.codebook_levels)
+                numbers = torch.rand(shape, generator=generator, device=latents.device)
+                codes, _ = self.quantizer.sample(latents, numbers)
+            else:
+                mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
+                was_training = self.quantizer.training
+                self.quantizer.eval()  # encoding is not learning
+                codes = self.quantizer(latents, mask).codes
+                self.quantizer.train(was_training)
         return codes.clone()
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -191,13 +259,4 @@ class RQVAE(nn.Module):
     def _documents(
         self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        if input_ids.shape[1] % self.config.compression_factor:
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens are not a whole number of chunks of "
-                f"{self.config.compression_factor}; pad them (on the left for a prompt)"
-            )
-        if document_ids is not None:
-            return document_ids
-        if attention_mask is not None:
-            return attention_mask.long()
-        return torch.ones_like(input_ids)
+        return token_documents(input_ids, attention_mask, document_ids, self.config.compression_factor)

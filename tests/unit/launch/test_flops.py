@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launch import flops
 from rqvae import RQVAE, FlatTransformer, LatentModel, RQTransformer
-from rqvae.config import ArchitectureConfig, BackboneConfig, RQTransformerConfig, RQVAEConfig
+from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig
 
 ARCHITECTURE = ArchitectureConfig(
     vocab_size=320,
@@ -35,15 +35,29 @@ def counted(call: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
-def test_codec_counts() -> None:
-    config = RQVAEConfig(
-        backbone=BackboneConfig(architecture=ARCHITECTURE),
-        codebook_levels=3,
-        codebook_size=32,
-        codebook_dim=8,
-        latent_dim=64,
-        latent_head_dim=32,
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"resample": "reference"},
+        {"resample": "reference", "compression_factor": 1},
+        {"encoder_context": "chunk"},
+        {"backbone": {"decoder": "none"}},
+        {"backbone": {"shared": True}},
+    ],
+    ids=str,
+)
+def test_codec_counts(changes: dict[str, Any]) -> None:
+    values: dict[str, Any] = {
+        "codebook_levels": 3,
+        "codebook_size": 32,
+        "codebook_dim": 8,
+        "latent_dim": 64,
+        "latent_head_dim": 32,
+        **changes,
+        "backbone": {"architecture": ARCHITECTURE, **changes.get("backbone", {})},
+    }
+    config = RQVAEConfig.model_validate(values)
     vae = RQVAE(config).eval()
     ids = torch.randint(320, (2, 64))
     # The formula counts the half of the attention that is not masked, torch counts all of it: ask for twice
@@ -52,6 +66,20 @@ def test_codec_counts() -> None:
     measured = counted(lambda: vae(ids)) / ids.numel()
     assert expected.backbones + expected.new_layers == pytest.approx(measured, rel=0.02)
     assert expected.encode == pytest.approx(counted(lambda: vae.encode(ids)) / ids.numel(), rel=0.02)
+    assert expected.decode == pytest.approx(
+        counted(lambda: vae.decode(vae.encode(ids))) / ids.numel() - expected.encode, rel=0.02
+    )
+
+
+def test_what_is_frozen_counts_once_less() -> None:
+    values: dict[str, Any] = {"codebook_levels": 3, "codebook_size": 32, "latent_dim": 64}
+    for decoder in ("same", "random", "none"):
+        backbone = {"architecture": ARCHITECTURE, "decoder": decoder}
+        config = RQVAEConfig.model_validate({**values, "backbone": backbone})
+        frozen = flops.backbone(ARCHITECTURE, 64) * (2 if decoder == "same" else 1)
+        frozen += flops.head(ARCHITECTURE) if decoder == "same" else 0
+        codec = flops.codec(config, 128)
+        assert codec.train_full - codec.train_frozen == pytest.approx(frozen)
 
 
 def latent_config(**changes: Any) -> RQTransformerConfig:

@@ -63,8 +63,10 @@ def make_architecture() -> Callable[..., ArchitectureConfig]:
 @pytest.fixture(scope="session")
 def make_codec_config(make_architecture: Callable[..., ArchitectureConfig]) -> Callable[..., RQVAEConfig]:
     def make(architecture: ArchitectureConfig | None = None, **changes: Any) -> RQVAEConfig:
+        """`backbone` holds settings beside the architecture."""
+        backbone = {"architecture": architecture or make_architecture(), **changes.pop("backbone", {})}
         values: dict[str, Any] = {
-            "backbone": {"architecture": architecture or make_architecture()},
+            "backbone": backbone,
             "compression_factor": 4,
             "codebook_levels": 3,
             "codebook_size": 16,

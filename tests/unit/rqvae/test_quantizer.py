@@ -299,7 +299,9 @@ def test_update_equals_the_closed_form() -> None:
             size = 0.9 * size + 0.1 * one_hot.sum(0)
             embed_sum = 0.9 * embed_sum + 0.1 * one_hot.T @ residual
             residual = residual - chosen
+            distortion = residual.square().sum(1).mean()
             expected |= {
+                f"levels.{i}.ema_distortion": 0.9 * expected[f"levels.{i}.ema_distortion"] + 0.1 * distortion,
                 f"levels.{i}.ema_cluster_size": size,
                 f"levels.{i}.ema_embed_sum": embed_sum,
                 f"levels.{i}.codebook": embed_sum / size[:, None],

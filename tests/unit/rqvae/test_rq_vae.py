@@ -31,6 +31,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_latent_layers": 0},
     {"num_latent_layers": 2, "codebook_levels": 1},
     {"codebook_size": (16, 4, 2)},
+    {"quantizer": {"shared_codebook": True}},
+    {"quantizer": {"method": "fsq", "fsq_levels": (4, 4)}, "codebook_dim": 2},
+    {"backbone": {"shared": True}},
+    {"backbone": {"decoder": "none"}},
+    {"encoder_context": "chunk"},
 ]
 
 
@@ -346,8 +351,13 @@ def gradients(codec: RQVAE, packed: Any) -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("quantize", [True, False])
-def test_gradients_flow_through_frozen_backbones(make_codec: MakeCodec, packed: Any, quantize: bool) -> None:
-    codec = make_codec().train()
+@pytest.mark.parametrize(
+    "backbone", [{}, {"shared": True}, {"decoder": "random"}, {"decoder": "none"}], ids=str
+)
+def test_gradients_flow_through_frozen_backbones(
+    make_codec: MakeCodec, packed: Any, backbone: dict[str, Any], quantize: bool
+) -> None:
+    codec = make_codec(backbone=backbone).train()
     expected = gradients(codec, packed)
     backbone = {id(parameter) for parameter in codec.backbone_parameters()}
     for parameter in codec.backbone_parameters():
