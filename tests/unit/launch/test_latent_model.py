@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import TokenDataset, build, finish_codes, write_code_shard
-from launch import tasks
-from launch.config import RunConfig, load_config
+from data_pipeline import TokenDataset, build, finish_codes, load_tokenizer, write_code_shard
+from launch import generate, tasks
+from launch.benchmark import benchmark_inference
+from launch.config import BenchmarkConfig, EvaluationConfig, RunConfig, load_config
 from launch.dry_run import dry_run
 from launch.engine import parameter_groups
+from launch.eval import evaluate
 from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
-from rqvae import BaseLM, FlatTransformer, LatentModel, RQTransformer, load_latent_model
+from rqvae import RQVAE, BaseLM, FlatTransformer, LatentModel, RQTransformer, load_latent_model
 from tests.integration.conftest import NANO, write_corpus
 
 BACKBONE = [
@@ -141,3 +143,48 @@ def test_a_pretrained_spatial_backbone_learns_at_its_own_rate(data: list[str], t
     plain = tasks.RQTransformerTask(run_config(data))
     plain.load_initial_weights(plain.create_model())  # nothing to load
     assert list(plain.backbone_parameters(plain.create_model())) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row", "layer_calls"),
+    [
+        # Decoder: 1 + 1 layers, deferred over 16 tokens or once for 4.
+        ([], "latent, deferred decoding", (1 + 3 * 1) / 4 + 2 / 16),
+        ([FLAT, "latent_model.spatial_layers=2"], "latent, deferred decoding", 3 * 2 / 4 + 2 / 16),
+        (["latent_model.spatial_input=both"], "latent, streaming decoding", (1 + 3 * 1) / 4 + 2 / 4),
+        ([*BACKBONE, "latent_model.spatial_input=tokens"], "latent, streaming decoding", 1 + 2 / 4),
+    ],
+    ids=["rq", "flat", "both", "backbone and tokens"],
+)
+def test_every_kind_is_evaluated_timed_and_generated_with(
+    data: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    row: str,
+    layer_calls: float,
+) -> None:
+    config = run_config(data, *overrides)
+    directory = Path(config.data.directory)
+    torch.manual_seed(0)
+    # Not `create_model`, whose codec_hash is that of the codes drawn above.
+    model_class = type(tasks.RQTransformerTask(config).create_model())
+    model_class(latent_model_config(config)).save_pretrained(tmp_path / "rq_transformer")
+    RQVAE(config.codec).save_pretrained(tmp_path / "rqvae")
+    BaseLM(config.codec.backbone.architecture, eos_token_id=0).save_pretrained(tmp_path / "base_lm")
+    load_tokenizer(directory).save_pretrained(tmp_path / "tokenizer")
+
+    report = evaluate(tmp_path, directory, "test", EvaluationConfig(max_samples=4, max_new_tokens=8))
+    bits = report["bits_per_byte"]
+    assert bits["latent_bound"] == pytest.approx(bits["latent_codes"] + bits["latent_reconstruction"])
+    # Untrained: near log2(32) bits for each of 3 codes of every 4 tokens.
+    assert report["nats_per_token"]["latent_codes"] == pytest.approx(3 * 5 / 4 * 0.693, rel=0.3)
+
+    settings = BenchmarkConfig(prompt_tokens=4, new_tokens=16, repeats=1)
+    rows = {entry["name"]: entry for entry in benchmark_inference(tmp_path, directory, settings)["rows"]}
+    assert rows[row]["layer_calls_per_token"] == pytest.approx(layer_calls)
+    assert rows[row]["tokens_per_s"] > 0
+
+    arguments = ["--model", str(tmp_path), "--prompt", "The river", "--max-new-tokens", "6"]
+    assert generate.main(arguments) == 0
+    assert "The river" in capsys.readouterr().out
