@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from launch.config import TrainConfig
-from launch.engine import learning_rate_factor, parameter_groups, resolve_precision
+from launch.engine import (
+    learning_rate_factor,
+    parameter_groups,
+    recompute_activations,
+    resolve_precision,
+)
+from rqvae import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
@@ -51,6 +57,61 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
     }
     assert by_name["new_no_decay"]["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in groups) == 5
+
+
+ARCHITECTURE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("spatial_backbone", [None, {"architecture": ARCHITECTURE}])
+def test_recomputing_activations_keeps_fewer_and_changes_no_gradient(spatial_backbone: object) -> None:
+    codec_config = RQVAEConfig.model_validate(
+        {
+            "backbone": {"architecture": ARCHITECTURE},
+            "codebook_levels": 2,
+            "codebook_size": 8,
+            "codebook_dim": 4,
+            "latent_dim": 32,
+            "latent_head_dim": 16,
+        }
+    )
+    latent_config = RQTransformerConfig.model_validate(
+        {
+            "compression_factor": 4,
+            "codebook_levels": 2,
+            "codebook_size": 8,
+            "spatial_dim": 32,
+            "spatial_layers": 3,
+            "depth_dim": 32,
+            "depth_layers": 2,
+            "head_dim": 16,
+            "spatial_backbone": spatial_backbone,
+        }
+    )
+    ids = torch.randint(50, (2, 16))
+    for model, inputs in ((RQVAE(codec_config), ids), (RQTransformer(latent_config), ids.view(2, 8, 2) % 8)):
+        kept, gradients = [], []
+        for _ in range(2):
+            sizes: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+            ):
+                loss = model.train()(inputs).loss
+            model.zero_grad()
+            loss.backward()
+            kept.append(sum(sizes))
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            recompute_activations(model)
+        assert kept[1] < 0.6 * kept[0]
+        for before, after in zip(*gradients, strict=True):
+            torch.testing.assert_close(after, before)
 
 
 def test_precision_without_bf16_hardware_warns(monkeypatch: pytest.MonkeyPatch) -> None:
