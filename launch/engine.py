@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 # DeepSpeed picks its accelerator on import.
 if not torch.cuda.is_available():
@@ -24,6 +25,7 @@ import deepspeed
 
 from launch.config import TrainConfig
 from launch.deepspeed_config import deepspeed_config
+from rqvae.layers import TransformerBlock
 
 
 def start_process_group() -> tuple[int, int, torch.device]:
@@ -133,10 +135,21 @@ def set_learning_rates(
     return rate
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have the activations of every transformer layer computed again in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        elif isinstance(module, TransformerBlock):
+            module.gradient_checkpointing = True
+
+
 def build_engine(
     model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, precision: Literal["bf16", "fp32"]
 ) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed with torch's AdamW."""
+    if train.activation_checkpointing:
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(
         groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
     )

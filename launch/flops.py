@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig
-from rqvae.layers import mlp_width
+from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig, mlp_width
 
 
 def backbone(architecture: ArchitectureConfig, context: float) -> float:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from rqvae.config import mlp_width
+
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
     """Position of every element counted from the start of its document.
@@ -189,11 +191,6 @@ class SwiGLUTransformerLayer(nn.Module):
         """[B, N, E] -> [B, N, E]; arguments as in `RoPEAttention`."""
         x_BNE = x_BNE + self.attention(self.attention_norm(x_BNE), rotary, mask, cache, cache_start)
         return x_BNE + self.mlp(self.mlp_norm(x_BNE))
-
-
-def mlp_width(dim: int, ratio: float) -> int:
-    """Hidden width of a SwiGLU: `ratio * dim` rounded up to a multiple of 64, which matrix units like."""
-    return -(-int(dim * ratio) // 64) * 64
 
 
 class TransformerBlock(nn.Module):
