@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="run directory, checkpoint or GGUF file")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
-    parser.add_argument("--to", required=True, choices=["safetensors", "huggingface"], help="format of the result")
+    parser.add_argument(
+        "--to", required=True, choices=["safetensors", "huggingface"], help="format of the result"
+    )
     args = parser.parse_args(arguments)
     try:
         {"safetensors": to_safetensors, "huggingface": to_huggingface}[args.to](args.source, args.destination)
@@ -73,7 +75,9 @@ def to_huggingface(source: Path, destination: Path) -> None:
         ValueError: it is no such file, something in it does not fit, or the destination is not empty.
     """
     if source.suffix != ".gguf":
-        raise ValueError(f"--to huggingface converts a *.gguf file, which '{source}' is not; use --to safetensors")
+        raise ValueError(
+            f"--to huggingface converts a *.gguf file, which '{source}' is not; use --to safetensors"
+        )
     refuse_filled(destination)
     gguf = GGUFModel(source)
     model = BaseLM(gguf.architecture, eos_token_id=0)
@@ -83,7 +87,9 @@ def to_huggingface(source: Path, destination: Path) -> None:
     for name, token in gguf.special_tokens().items():
         setattr(tokenizer, name, token)
     if tokenizer.get_vocab() != {token: index for index, token in enumerate(gguf.tokens())}:
-        raise ValueError(f"transformers rebuilds the tokenizer of '{source}' with other ids than are in the file")
+        raise ValueError(
+            f"transformers rebuilds the tokenizer of '{source}' with other ids than are in the file"
+        )
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -171,7 +171,10 @@ def codec(config: RQVAEConfig, context: int, width: int, is_trained: bool, recom
     """
     architecture, factor = config.backbone.architecture, config.compression_factor
     decoder = config.backbone.decoder
-    total = backbone(architecture, context, width, is_trained, recompute)
+    # Nothing below the encoder's frozen backbone learns, unless the mask token does: nothing is kept of it.
+    total = 0.0
+    if is_trained or config.token_dropout:
+        total += backbone(architecture, context, width, is_trained, recompute)
     if decoder != "none":
         total += backbone(architecture, context, width, is_trained or decoder == "random", recompute)
     refinement = block(config.latent_dim, config.num_latent_layers, 8 / 3, context / factor, width, recompute)

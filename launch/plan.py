@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from launch import flops, memory
-from launch.config import RunConfig, Stage, load_config
+from launch.config import RunConfig, Stage, check_world_size, load_config
 from launch.dry_run import batch_arithmetic
 from launch.tasks import Phase, RQVAETask
 from rqvae import BaseLM, RQTransformer
@@ -74,6 +74,7 @@ def plan(config: RunConfig, gpus: int) -> list[PhasePlan]:
     Raises:
         ValueError: the batch does not divide by the ranks.
     """
+    check_world_size(config, gpus)
     makers = {"base_lm": base_lm, "rqvae": rqvae, "rq_transformer": rq_transformer}
     named = [stage for stage in makers if stage in config.stages.model_fields_set]
     plans = []

@@ -92,9 +92,7 @@ class PretrainedLM:
             try:
                 self.config = AutoConfig.from_pretrained(self.path)
             except ValueError as error:
-                raise ValueError(
-                    f"'{self.path}' holds no model of transformers ({error})"
-                ) from error
+                raise ValueError(f"'{self.path}' holds no model of transformers ({error})") from error
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All weights, one at a time, named as in the model without head; the head is `lm_head.weight`."""
@@ -109,8 +107,9 @@ class PretrainedLM:
                         if not name.endswith("rotary_emb.inv_freq"):
                             yield name.removeprefix("model."), tensors.get_tensor(name)
             except SafetensorError as error:
-                raise ValueError(f"'{file}' is damaged ({error}); fetch or convert the model again") from error
-
+                raise ValueError(
+                    f"'{file}' is damaged ({error}); fetch or convert the model again"
+                ) from error
 
     def vocabulary(self) -> dict[str, int] | None:
         """Ids of the tokens of the model's tokenizer; None where there is no tokenizer.

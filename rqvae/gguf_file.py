@@ -69,7 +69,9 @@ class GGUFModel:
         if kind not in ("llama", "qwen3"):
             raise ValueError(f"'{self.path}' holds a model of architecture '{kind}'; use a llama or qwen3")
         if (scaling := self._field(f"{kind}.rope.scaling.type", "none")) != "none":
-            raise ValueError(f"'{self.path}' has rotary positions with {scaling} scaling; use a model without")
+            raise ValueError(
+                f"'{self.path}' has rotary positions with {scaling} scaling; use a model without"
+            )
         shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in self._reader.tensors}
         if "token_embd.weight" not in shapes:
             raise ValueError(f"'{self.path}' is not complete: it has no tensor 'token_embd.weight'")

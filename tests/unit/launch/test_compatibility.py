@@ -104,7 +104,9 @@ def test_a_gguf_file_brings_its_vocabulary(data: Path, tmp_path: Path) -> None:
     check_tokenizer(data, str(tmp_path / "same.gguf"))
     tokens[40] = "elsewhere"
     write_gguf(tmp_path / "other.gguf", ARCHITECTURE, lm.state_dict(), tokens, merges)
-    with pytest.raises(ValueError, match="1 of 300 tokens differ, the first being id 40, .*not a token there"):
+    with pytest.raises(
+        ValueError, match=r"1 of 300 tokens differ, the first being id 40, .*not a token there"
+    ):
         check_tokenizer(data, str(tmp_path / "other.gguf"))
 
 
@@ -144,13 +146,21 @@ def test_a_gguf_file_becomes_a_directory_with_model_and_tokenizer(
 
 
 def test_training_does_not_begin(
-    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     other_tokenizer(data, model, "e", "t")
     config = {
         "name": "refused",
         "run_root": str(tmp_path / "runs"),
-        "data": {"directory": str(data), "sample_length": 64, "tokenizer": {"kind": "bpe", "vocab_size": 300}},
+        "data": {
+            "directory": str(data),
+            "sample_length": 64,
+            "tokenizer": {"kind": "bpe", "vocab_size": 300},
+        },
         "codec": {"backbone": {"architecture": ARCHITECTURE.model_dump(), "pretrained": str(model)}},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))

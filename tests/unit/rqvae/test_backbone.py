@@ -234,9 +234,7 @@ def test_a_missing_tensor_is_named(make_architecture: Make, base_lm_directory: P
         load_into(make_architecture(), tmp_path)
 
 
-def test_facts_that_no_shape_shows_are_compared(
-    make_architecture: Make, base_lm_directory: Path
-) -> None:
+def test_facts_that_no_shape_shows_are_compared(make_architecture: Make, base_lm_directory: Path) -> None:
     changed = make_architecture(rope_theta=1e4, rms_norm_eps=1e-5)
     with pytest.raises(ValueError, match="does not fit") as caught:
         load_into(changed, base_lm_directory)
@@ -275,7 +273,9 @@ def test_a_base_lm_from_something_else_is_a_clear_error(
     (tmp_path / "empty/config.json").write_text((base_lm_directory / "config.json").read_text())
     with pytest.raises(ValueError, match=r"not complete, it lacks: model\.norm\.weight"):
         BaseLM.from_pretrained(tmp_path / "empty", EOS)
-    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt")
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "gpt"
+    )
     with pytest.raises(ValueError, match="type gpt2; use one of qwen3, llama"):
         BaseLM.from_pretrained(tmp_path / "gpt", EOS)
 
