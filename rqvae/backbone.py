@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,7 +172,7 @@ def load_pretrained(source: str, backbone: PreTrainedModel, head: LinearHead | N
             all are listed.
     """
     pretrained = PretrainedLM(source)
-    problems = []
+    problems: list[str] = []
     if pretrained.config is not None:
         problems += _differences(pretrained.config, backbone.config)
     targets = dict(backbone.named_parameters())
@@ -242,7 +242,7 @@ class BaseLM(nn.Module):
             ValueError: there is none, it is damaged or incomplete, or of a class that has no place here.
         """
         try:
-            lm, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -250,6 +250,7 @@ class BaseLM(nn.Module):
                 f"'{directory}' holds no causal language model in Hugging Face layout "
                 f"({type(error).__name__}: {error}). launch/convert_checkpoint.py writes one"
             ) from error
+        lm, loading = loaded
         # transformers only warns of these, and makes up random weights.
         if missing := loading["missing_keys"]:
             raise ValueError(f"'{directory}' is not complete, it lacks: {', '.join(sorted(missing))}")
