@@ -37,7 +37,7 @@ from rqvae.config import StrictModel
 CODE_FORMAT = "rqvae-code-shards"
 CODE_FORMAT_VERSION = 1
 CODE_MANIFEST_NAME = "codes_manifest.json"
-CODE_ARRAYS = ("codes",)
+LATENT_DTYPE = np.dtype("<f2")
 
 
 class CodeShardEntry(StrictModel):
@@ -63,6 +63,13 @@ class CodeLayout(StrictModel):
     """C of every level; there are D."""
     sample_length: int
     """T of the token samples; a sample has T / K latent positions."""
+    latent_dim: int | None = None
+    """Width of the latents that are kept beside the codes, in fp16; null where they are not."""
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """What a tar holds of every sample."""
+        return ("codes",) if self.latent_dim is None else ("codes", "latents")
 
     @property
     def dtype(self) -> np.dtype:
@@ -116,6 +123,7 @@ def write_code_shard(
     codec_hash: str,
     compression_factor: int,
     codebook_sizes: Sequence[int],
+    latents: ArrayLike | None = None,
 ) -> None:
     """Writes the codes of one token shard, and the mark that it is done last.
 
@@ -125,6 +133,7 @@ def write_code_shard(
         codec_hash: hash of the codec that made them.
         compression_factor: K, S = sample_length / K.
         codebook_sizes: C of each of the D levels.
+        latents: [n, S, E] floats that the codes were chosen for, kept in fp16; for stochastic codes.
 
     Raises:
         ValueError: the shape does not fit the token shard, or a code is out of its codebook's range.
@@ -133,12 +142,14 @@ def write_code_shard(
     """
     if split != token_dataset.split:
         raise ValueError(f"codes of split {split!r} cannot be made from the split {token_dataset.split!r}")
+    vectors = None if latents is None else np.asarray(latents)
     layout = CodeLayout(
         codec_hash=codec_hash,
         token_fingerprint=token_dataset.fingerprint,
         compression_factor=compression_factor,
         codebook_sizes=tuple(codebook_sizes),
         sample_length=token_dataset.sample_length,
+        latent_dim=None if vectors is None else vectors.shape[-1],
     )
     if (Path(code_directory) / CODE_MANIFEST_NAME).is_file():
         _check_layout(load_code_manifest(code_directory).layout, layout, code_directory)
@@ -153,14 +164,26 @@ def write_code_shard(
         raise ValueError(
             f"codes of shard {shard_index} are out of the range of their codebooks {codebook_sizes}"
         )
-    values = values.astype(layout.dtype)
+    rows = {"codes": values.astype(layout.dtype)}
+    if vectors is not None:
+        if vectors.shape[:-1] != values.shape[:-1]:
+            raise ValueError(
+                f"latents of shard {shard_index} have shape {vectors.shape}, the codes {values.shape}"
+            )
+        if not (np.abs(vectors) <= np.finfo(LATENT_DTYPE).max).all():
+            raise ValueError(f"latents of shard {shard_index} do not fit fp16: not finite, or above 65504")
+        rows["latents"] = vectors.astype(LATENT_DTYPE)
     name = code_shard_name(shard_index)
     size = token_dataset.manifest.samples_per_member
     groups = [
-        Group(key, {"codes": rows}, {"codes": range(len(rows) + 1)})
-        for key, rows in zip(
+        Group(
+            key,
+            {array: content[first : first + size] for array, content in rows.items()},
+            dict.fromkeys(rows, range(min(size, samples - first) + 1)),
+        )
+        for key, first in zip(
             _keys(tar_path(token_dataset.directory / split, token_dataset.shards[shard_index].name)),
-            [values[first : first + size] for first in range(0, samples, size)],
+            range(0, samples, size),
             strict=True,
         )
     ]
@@ -190,14 +213,21 @@ def _read_record(path: Path) -> _Record | None:
 
 
 def code_shard_is_done(
-    code_directory: str | Path, split: str, shard_index: int, *, token_fingerprint: str, codec_hash: str
+    code_directory: str | Path,
+    split: str,
+    shard_index: int,
+    *,
+    token_fingerprint: str,
+    codec_hash: str,
+    with_latents: bool = False,
 ) -> bool:
-    """Whether this codec's codes of this token shard are there already."""
+    """Whether this codec's codes of this token shard are there already, if asked with their latents."""
     record = _read_record(_record_path(code_directory, split, shard_index))
     if record is None:
         return False
     layout, path = record.layout, tar_path(Path(code_directory) / split, record.entry.name)
     same = (layout.codec_hash, layout.token_fingerprint) == (codec_hash, token_fingerprint)
+    same &= layout.latent_dim is not None or not with_latents
     return same and path.is_file() and path.stat().st_size == record.entry.file_bytes
 
 
@@ -239,7 +269,9 @@ def finish_codes(
             f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): run their tasks first"
         )
     if len(layouts) != 1:
-        raise DatasetError(f"{code_directory}: the shards disagree about K, D or C: encode them again")
+        raise DatasetError(
+            f"{code_directory}: the shards disagree about K, D, C or the presence of latents: encode them again"
+        )
     manifest = CodeManifest(fingerprint="", layout=layouts.pop(), splits=entries)
     manifest = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
     write_json(Path(code_directory) / CODE_MANIFEST_NAME, manifest.model_dump(mode="json"))
@@ -308,9 +340,10 @@ class CodeDataset:
 
     Args:
         codec_hash: refuse codes of any other codec; None takes whatever is there.
+        with_latents: `read` adds the latents.
 
     Raises:
-        NotADatasetError: no finished codes there.
+        NotADatasetError: no finished codes there, or no latents where they are asked for.
         CodecMismatchError: made by another codec; names both hashes.
         FingerprintMismatchError: made from other token shards; names both fingerprints.
         MissingShardError: a shard is not there.
@@ -318,7 +351,11 @@ class CodeDataset:
     """
 
     def __init__(
-        self, token_dataset: TokenDataset, code_directory: str | Path, codec_hash: str | None = None
+        self,
+        token_dataset: TokenDataset,
+        code_directory: str | Path,
+        codec_hash: str | None = None,
+        with_latents: bool = False,
     ) -> None:
         manifest = load_code_manifest(code_directory)
         layout = manifest.layout
@@ -331,8 +368,14 @@ class CodeDataset:
                 f"{code_directory}: the split {token_dataset.split!r} was not encoded; there are: "
                 f"{', '.join(manifest.splits)}"
             )
+        if with_latents and layout.latent_dim is None:
+            raise NotADatasetError(
+                f"{code_directory}: holds codes without their latents, which stochastic codes are drawn from; "
+                "encode with launch/precompute_codes.py --latents"
+            )
         self.token_dataset = token_dataset
         self.manifest = manifest
+        self.with_latents = with_latents
         self.fingerprint = manifest.fingerprint
         self.codec_hash = layout.codec_hash
         self.compression_factor = layout.compression_factor
@@ -360,16 +403,25 @@ class CodeDataset:
 
     def _open(self, shard_index: int) -> ShardReader:
         shard = self._shards[shard_index]
-        return ShardReader(self._folder, shard.name, CODE_ARRAYS, shard.samples, shard.file_bytes)
+        return ShardReader(
+            self._folder, shard.name, self.manifest.layout.arrays, shard.samples, shard.file_bytes
+        )
 
     def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
-        """The batch of `TokenDataset.read` with `codes` [B, S, D], LongTensor, added.
+        """The batch of `TokenDataset.read` with `codes` [B, S, D], LongTensor, added, and `latents` if asked for.
+
+        Latents are [B, S, E] in fp32.
 
         Raises:
             CorruptShardError: names the shard and the sample whose bytes are damaged.
         """
         layout = self.manifest.layout
-        rows = read_rows(self._reader, "codes", *self.token_dataset.locate(indices))
+        places = self.token_dataset.locate(indices)
+        rows = read_rows(self._reader, "codes", *places)
         codes = np.frombuffer(b"".join(rows), dtype=layout.dtype).reshape(len(rows), *layout.shape)
-        batch = self.token_dataset.read(indices)
-        return {**batch, "codes": torch.from_numpy(codes.astype(np.int64))}
+        batch = {**self.token_dataset.read(indices), "codes": torch.from_numpy(codes.astype(np.int64))}
+        if self.with_latents:
+            rows = read_rows(self._reader, "latents", *places)
+            latents = np.frombuffer(b"".join(rows), dtype=LATENT_DTYPE).astype(np.float32)
+            batch["latents"] = torch.from_numpy(latents.reshape(len(rows), layout.shape[0], -1))
+        return batch

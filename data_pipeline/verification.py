@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.codes import CODE_ARRAYS, CODE_MANIFEST_NAME, load_code_manifest
+from data_pipeline.codes import CODE_MANIFEST_NAME, load_code_manifest
 from data_pipeline.dataset import TOKEN_ARRAYS
 from data_pipeline.errors import DatasetError
 from data_pipeline.files import sha256_file
@@ -33,7 +33,9 @@ def verify(directory: str | Path) -> list[str]:
             for folder, shard in entries:
                 found = list(_hash_damage(folder, shard.name, shard.sha256, shard.index_sha256))
                 if found:
-                    found += _unreadable(folder, shard.name, CODE_ARRAYS, shard.samples, shard.file_bytes)
+                    found += _unreadable(
+                        folder, shard.name, codes.layout.arrays, shard.samples, shard.file_bytes
+                    )
                 damage += found
                 progress.update()
         return damage

@@ -19,15 +19,22 @@ from pydantic import Field, ValidationError
 
 from data_pipeline.config import DataConfig
 from data_pipeline.yaml_config import ConfigError, apply_overrides, merge, read_yaml, validate
-from rqvae.config import RQTransformerShape, RQVAEConfig, StrictModel
+from rqvae.config import LatentModelConfig, RQTransformerConfig, RQVAEConfig, StrictModel
 
 Stage = Literal["base_lm", "rqvae", "rq_transformer", "joint"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _ARCHITECTURE = "codec.backbone.architecture"
-# Settings of the codec's two-phase training; the other stages have one phase.
-_CODEC_ONLY = ("frozen_steps", "switch_warmup_steps", "quantizer_warmup_steps")
+# Where the path of an architecture file may stand.
+_ARCHITECTURES = (_ARCHITECTURE, "latent_model.spatial_backbone.architecture")
+# Settings that act in some stages only.
 _CODEC_STAGES = ("rqvae", "joint")
+_ONLY_IN = {
+    "frozen_steps": _CODEC_STAGES,
+    "switch_warmup_steps": _CODEC_STAGES,
+    "quantizer_warmup_steps": _CODEC_STAGES,
+    "stochastic_codes": ("rq_transformer",),
+}
 
 
 class TrainConfig(StrictModel):
@@ -41,6 +48,10 @@ class TrainConfig(StrictModel):
     quantizer_warmup_steps: int = Field(default=0, ge=0)
     """First steps of the codec's training without quantization; k-means then initialises the codebooks.
     About a quarter of `steps` gave the best reconstruction at small scale. 0: on the first batch."""
+    stochastic_codes: bool = False
+    """The latent model is trained on codes drawn from the quantizer's soft assignments at every step, with these
+    as targets (Lee 2022, section 3.2.3; `codec.quantizer.code_temperature`). Needs codes that were precomputed
+    with --latents."""
 
     global_batch_size: int = Field(default=8, gt=0)
     """Samples per optimizer step over all ranks. The world size does not change it."""
@@ -171,7 +182,7 @@ class RunConfig(StrictModel):
     """The stage that `train` is for. Set by `--stage`; a run directory's config.yaml carries it."""
     data: DataConfig
     codec: RQVAEConfig
-    latent_model: RQTransformerShape = RQTransformerShape()
+    latent_model: LatentModelConfig = LatentModelConfig()
     train: TrainConfig = TrainConfig()
     """With a stage chosen: the settings of that stage."""
     stages: StagesConfig = StagesConfig()
@@ -211,9 +222,9 @@ def load_config(path: str | Path, stage: Stage | None = None, overrides: Sequenc
     Raises:
         ConfigError: a ValueError that lists every mistake with its dotted path.
     """
-    values = read_yaml(path, inline=(_ARCHITECTURE,))
+    values = read_yaml(path, inline=_ARCHITECTURES)
     source = f"{path} with overrides" if overrides else str(path)
-    values = _inline_architecture(apply_overrides(_without_overridden(values, overrides), overrides))
+    values = _inline_architectures(apply_overrides(_without_overridden(values, overrides), overrides))
     written_for = values.get("stage")
     if stage is not None and written_for is not None and stage != written_for:
         raise ConfigError(
@@ -274,14 +285,19 @@ def _without_overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> 
     return {**values, "stages": kept}
 
 
-def _inline_architecture(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace an architecture path that came from an override by the file's content."""
-    node: Any = values
-    for name in _ARCHITECTURE.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    if not isinstance(node, str):
-        return values
-    return merge(values, {"codec": {"backbone": {"architecture": read_yaml(node)}}})
+def _inline_architectures(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace architecture paths that came from overrides by the files' content."""
+    for dotted in _ARCHITECTURES:
+        names = dotted.split(".")
+        node: Any = values
+        for name in names:
+            node = node.get(name) if isinstance(node, Mapping) else None
+        if isinstance(node, str):
+            content = read_yaml(node)
+            for name in reversed(names):
+                content = {name: content}
+            values = merge(values, content)
+    return values
 
 
 def _section(model: type[StrictModel], values: Any) -> Any:
@@ -299,12 +315,20 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
     mistakes: list[str] = []
     if data is not None and codec is not None:
         mistakes += _mistakes_of_data_and_codec(data, codec)
+    latent_model: LatentModelConfig | None = _section(LatentModelConfig, values.get("latent_model") or {})
+    if codec is not None and latent_model is not None:
+        mistakes += _mistakes_of_codec_and_latent_model(codec, latent_model)
 
     train_values = values.get("train") or {}
     sections = values.get("stages") or {}
     if not isinstance(train_values, Mapping) or not isinstance(sections, Mapping):
         return mistakes
     chosen = stage or values.get("stage")
+    if codec is not None and codec.kind == "identity" and chosen in _CODEC_STAGES:
+        mistakes.append(
+            f"codec.kind: identity leaves the stage {chosen} nothing to train; go on with "
+            "launch/precompute_codes.py and the stage rq_transformer"
+        )
     # With a stage chosen, the others are not going to run: an override of steps may not suit them.
     stages = [chosen] if chosen in STAGES else [name for name in STAGES if name in sections]
     for name in stages:
@@ -344,6 +368,14 @@ def _mistakes_of_data_and_codec(data: DataConfig, codec: RQVAEConfig) -> Iterato
         )
 
 
+def _mistakes_of_codec_and_latent_model(codec: RQVAEConfig, latent_model: LatentModelConfig) -> Iterator[str]:
+    try:
+        RQTransformerConfig.for_codec(codec, latent_model)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            yield f"latent_model.{detail['msg'].removeprefix('Value error, ')}"
+
+
 def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str, Any]) -> Iterator[str]:
     def where(name: str) -> str:
         return f"stages.{stage}.{name}" if name in section else f"train.{name}"
@@ -364,10 +396,9 @@ def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str
                 f"{where('switch_warmup_steps')}: {train.switch_warmup_steps} exceeds the "
                 f"{train.steps - train.frozen_steps} steps after the frozen phase"
             )
-    else:
-        for name in _CODEC_ONLY:
-            if section.get(name):
-                yield f"stages.{stage}.{name}: has an effect in {' and '.join(_CODEC_STAGES)} only; remove it"
+    for name, stages in _ONLY_IN.items():
+        if stage not in stages and section.get(name):
+            yield f"stages.{stage}.{name}: has an effect in {' and '.join(stages)} only; remove it"
     if train.precision == "bf16" and train.zero_stage == 0:
         yield (
             f"{where('zero_stage')}: 0 keeps no fp32 master weights with precision bf16; "

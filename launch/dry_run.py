@@ -6,6 +6,7 @@ import json
 
 from launch.config import RunConfig, check_world_size
 from launch.deepspeed_config import deepspeed_config
+from launch.latent_model import describe_match
 
 
 def batch_arithmetic(config: RunConfig, world_size: int) -> str:
@@ -28,4 +29,6 @@ def dry_run(config: RunConfig, world_size: int) -> int:
     print(config.to_yaml())
     print("# DeepSpeed\n" + json.dumps(engine, indent=2))
     print(f"\n# Batch\n{batch}; precision {precision}")
+    if config.stage == "rq_transformer" and (match := describe_match(config)) is not None:
+        print(f"\n# Latent model\n{match}")
     return 0

@@ -2,9 +2,10 @@
 
     python launch/eval.py --model runs/tiny/model --data runs/data/python-docs --json runs/tiny/report.json
 
-DIR of `--model` holds `rqvae`, `rq_transformer` and `base_lm`, as launch/convert_checkpoint.py writes them. All
-likelihoods are over the same real tokens, end-of-text included, and in the same context: the sample they are
-packed in, from the start of their document. The latent model's figure is a bound: NLL(codes) + NLL(tokens | codes).
+DIR of `--model` holds `rqvae` and, for what needs them, `rq_transformer` and `base_lm`, as
+launch/convert_checkpoint.py writes them; what is not there is named and left out. All likelihoods are over the same
+real tokens, end-of-text included, and in the same context: the sample they are packed in, from the start of their
+document. The latent model's figure is a bound: NLL(codes) + NLL(tokens | codes).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from launch import flops
 from launch.config import EvaluationConfig, load_config
 from launch.environment import describe_environment
 from launch.progress import Progress
+from launch.prompt_lengths import by_prompt_length
 from launch.report_data import update_report
 from launch.tracking import read_metrics
-from rqvae import RQVAE, BaseLM, LatentGenerator, RQTransformer, latent_bound
+from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_codec, load_latent_model
+from rqvae.codec import Codec
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
 from rqvae.quantizer import compute_perplexity
@@ -65,28 +68,59 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class Models(NamedTuple):
+    """What there is to evaluate."""
+
+    codec: Codec
+    latent_model: LatentModel | None
+    base_lm: BaseLM | None
+
+
+def load_models(directory: Path, eos_token_id: int, device: torch.device) -> Models:
+    """The models of a project; says which of the optional ones are missing."""
+    codec = load_codec(directory / "rqvae").to(device)
+    latent_model, base_lm = None, None
+    if (directory / "rq_transformer").is_dir():
+        latent_model = load_latent_model(directory / "rq_transformer").to(device)
+    else:
+        print(f"no '{directory}/rq_transformer': the bound and the latent generations are left out")
+    if (directory / "base_lm").is_dir():
+        base_lm = BaseLM.from_pretrained(directory / "base_lm", eos_token_id).to(device)
+    else:
+        print(f"no '{directory}/base_lm': the base LM's figures are left out")
+    return Models(codec, latent_model, base_lm)
+
+
 def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) -> dict[str, Any]:
     """All keys of the report that do not need a stop watch."""
     dataset = TokenDataset(data, split)
     tokenizer = load_tokenizer(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = RQVAE.from_pretrained(model / "rqvae").to(device)
-    rq_transformer = RQTransformer.from_pretrained(model / "rq_transformer").to(device)
-    base_lm = BaseLM.from_pretrained(model / "base_lm", dataset.eos_token_id).to(device)
-    generator = LatentGenerator(vae, rq_transformer, tokenizer)  # also refuses a foreign pair
+    models = load_models(model, dataset.eos_token_id, device)
+    generator = None
+    if models.latent_model is not None:
+        generator = LatentGenerator(
+            models.codec, models.latent_model, tokenizer
+        )  # also refuses a foreign pair
 
     num_samples = min(len(dataset), settings.max_samples or len(dataset))
-    totals = score(vae, rq_transformer, base_lm, dataset, num_samples, settings.batch_size, device)
+    totals = score(models, dataset, num_samples, settings.batch_size, device)
     tokens, num_bytes = totals["tokens"], totals["bytes"]
     nats = {
         "uniform": tokens * math.log(dataset.vocab_size),
         "unigram": unigram_nats(data, totals["token_counts"]),
-        "base_lm": totals["base_lm_nats"],
-        "latent_bound": totals["code_nats"].sum() + totals["token_nats"],
-        "latent_codes": totals["code_nats"].sum(),
         "latent_reconstruction": totals["token_nats"],
     }
-    codec = vae.config
+    if models.base_lm is not None:
+        nats["base_lm"] = totals["base_lm_nats"]
+    if models.latent_model is not None:
+        nats["latent_codes"] = totals["code_nats"].sum()
+        nats["latent_bound"] = nats["latent_codes"] + nats["latent_reconstruction"]
+    lengths = {}
+    # Codes that see the future cannot score a continuation: they have seen it.
+    if models.latent_model is not None and models.codec.config.resample == "chunked":
+        lengths = by_prompt_length(models.codec, models.latent_model, dataset, device)
+    codec = models.codec.config
     bits_per_token = sum(map(math.log2, codec.codebook_sizes)) / codec.compression_factor
     return {
         "evaluation": {
@@ -103,13 +137,16 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
         "bits_per_byte": {name: float(value / math.log(2) / num_bytes) for name, value in nats.items()},
         "nats_per_token": {name: float(value / tokens) for name, value in nats.items()},
         "perplexity": {name: math.exp(min(float(value / tokens), 700.0)) for name, value in nats.items()},
-        "codebook": codebook_report(vae, totals, dataset, settings.batch_size, device),
+        "codebook": codebook_report(models, totals, dataset, settings.batch_size, device),
         "rate": {"codes_bits_per_token": bits_per_token, "log2_vocabulary": math.log2(dataset.vocab_size)},
+        "prompt_lengths": lengths,
         "codec": codec.model_dump(mode="json", exclude={"backbone", "quantizer"}),
         "compute": compute_report(model.parent),
         "samples": {
-            "reconstructions": reconstructions(vae, dataset, tokenizer, settings.num_reconstructions, device),
-            "generations": generations(generator, base_lm, tokenizer, settings, device),
+            "reconstructions": reconstructions(
+                models.codec, dataset, tokenizer, settings.num_reconstructions, device
+            ),
+            "generations": generations(generator, models.base_lm, tokenizer, settings, device),
         },
         "environment": describe_environment(),
     }
@@ -117,16 +154,10 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
 
 @torch.inference_mode()
 def score(
-    vae: RQVAE,
-    rq_transformer: RQTransformer,
-    base_lm: BaseLM,
-    dataset: TokenDataset,
-    num_samples: int,
-    batch_size: int,
-    device: torch.device,
+    models: Models, dataset: TokenDataset, num_samples: int, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Sums over the first samples of a split, in fp64."""
-    codec = vae.config
+    codec = models.codec.config
     levels = codec.codebook_levels
     totals: dict[str, Any] = {
         "code_counts": [np.zeros(size) for size in codec.codebook_sizes],
@@ -144,21 +175,29 @@ def score(
         batch = dataset.read(range(start, min(start + batch_size, num_samples)))
         input_ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
         real = documents > 0
-        bound = latent_bound(vae, rq_transformer, input_ids, documents)
+        if models.latent_model is None:
+            scored = models.codec(input_ids, document_ids=documents)
+            codes, token_nats, is_correct = scored.codes, scored.nats, scored.correct
+            distortion = scored.distortion
+        else:
+            bound = latent_bound(models.codec, models.latent_model, input_ids, documents)
+            codes, token_nats, is_correct = bound.codes, bound.token_nats, bound.token_correct
+            distortion = bound.distortion
+            totals["code_nats"] += bound.code_nats.double().sum((0, 1)).cpu().numpy()
+        if models.base_lm is not None:
+            sums["base_lm_nats"] += float(models.base_lm(input_ids, documents).nats.double().sum())
         real_chunks = chunk_documents(documents, codec.compression_factor) > 0
-        hits = (bound.token_correct | ~real).view(*real_chunks.shape, -1).all(-1) & real_chunks
+        hits = (is_correct | ~real).view(*real_chunks.shape, -1).all(-1) & real_chunks
         sums["tokens"] += float(real.sum())
         sums["bytes"] += float(batch["num_bytes"].sum())
-        sums["correct"] += float(bound.token_correct.sum())
+        sums["correct"] += float(is_correct.sum())
         sums["chunks"] += float(real_chunks.sum())
         sums["correct_chunks"] += float(hits.sum())
-        sums["token_nats"] += float(bound.token_nats.double().sum())
-        sums["base_lm_nats"] += float(base_lm(input_ids, documents).nats.double().sum())
-        totals["code_nats"] += bound.code_nats.double().sum((0, 1)).cpu().numpy()
-        totals["distortion"] += bound.distortion.double().cpu().numpy()
-        codes = bound.codes[real_chunks].cpu().numpy()
+        sums["token_nats"] += float(token_nats.double().sum())
+        totals["distortion"] += distortion.double().cpu().numpy()
+        real_codes = codes[real_chunks].cpu().numpy()
         for level, counts in enumerate(totals["code_counts"]):
-            counts += np.bincount(codes[:, level], minlength=len(counts))
+            counts += np.bincount(real_codes[:, level], minlength=len(counts))
         totals["token_counts"] += np.bincount(
             input_ids[real].cpu().numpy(), minlength=len(totals["token_counts"])
         )
@@ -183,10 +222,10 @@ def unigram_nats(data: Path, test_counts: np.ndarray) -> float:
 
 @torch.inference_mode()
 def codebook_report(
-    vae: RQVAE, totals: dict[str, Any], dataset: TokenDataset, batch_size: int, device: torch.device
+    models: Models, totals: dict[str, Any], dataset: TokenDataset, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Usage over the whole split by level, and what decoding with the first levels only gives."""
-    chunks = totals["chunks"]
+    vae, chunks = models.codec, totals["chunks"]
     levels = []
     hits, seen = np.zeros(vae.config.codebook_levels), 0.0
     for start in range(0, min(DISTORTION_SAMPLES, len(dataset)), batch_size):
@@ -201,18 +240,19 @@ def codebook_report(
             hits[level] += float(((predicted == input_ids) & real).sum())
     for level, counts in enumerate(totals["code_counts"]):
         perplexity = float(compute_perplexity(torch.from_numpy(counts)))
-        levels.append(
-            {
-                "codebook_size": len(counts),
-                "perplexity": perplexity,
-                "perplexity_normalized": perplexity / min(len(counts), chunks),
-                "used_fraction": float((counts > 0).mean()),
-                "dead_replaced": int(vae.quantizer.levels[level].dead_replaced),
-                "distortion": float(totals["distortion"][level] / chunks),
-                "nats_per_code": float(totals["code_nats"][level] / chunks),
-                "token_accuracy": float(hits[level] / seen),
-            }
-        )
+        row = {
+            "codebook_size": len(counts),
+            "perplexity": perplexity,
+            "perplexity_normalized": perplexity / min(len(counts), chunks),
+            "used_fraction": float((counts > 0).mean()),
+            "distortion": float(totals["distortion"][level] / chunks),
+            "token_accuracy": float(hits[level] / seen),
+        }
+        if isinstance(vae, RQVAE):
+            row["dead_replaced"] = int(vae.quantizer.level(level).dead_replaced)
+        if models.latent_model is not None:
+            row["nats_per_code"] = float(totals["code_nats"][level] / chunks)
+        levels.append(row)
     return {"levels": levels, "histograms": [histogram(counts) for counts in totals["code_counts"]]}
 
 
@@ -223,7 +263,7 @@ def histogram(counts: np.ndarray, num_bins: int = 256) -> list[float]:
 
 @torch.inference_mode()
 def reconstructions(
-    vae: RQVAE, dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, count: int, device: torch.device
+    vae: Codec, dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, count: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """The first samples of the split, token by token beside what the codec makes of them."""
     shown = []
@@ -239,19 +279,26 @@ def reconstructions(
 
 
 def generations(
-    generator: LatentGenerator,
-    base_lm: BaseLM,
+    generator: LatentGenerator | None,
+    base_lm: BaseLM | None,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationConfig,
     device: torch.device,
 ) -> list[dict[str, str]]:
-    """Continuations by the latent model and by the base LM, sampled at temperature 1."""
+    """Continuations by the latent model and by the base LM, whichever there are, sampled at temperature 1."""
+    if generator is None and base_lm is None:
+        return []
     prompts = list(settings.prompts)
-    latent = generator.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=1.0, seed=0)
-    shown = []
+    shown = [{"prompt": prompt} for prompt in prompts]
+    if generator is not None:
+        latent = generator.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=1.0, seed=0)
+        for row, text in zip(shown, latent, strict=True):
+            row["latent"] = text
     torch.manual_seed(0)
-    for prompt, text in zip(prompts, latent, strict=True):
-        ids = [base_lm.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    for row in shown:
+        if base_lm is None:
+            break
+        ids = [base_lm.eos_token_id, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
         prompt_ids: Tensor = torch.tensor([ids], device=device)
         out = base_lm.lm.generate(
             prompt_ids,
@@ -263,8 +310,7 @@ def generations(
             eos_token_id=base_lm.eos_token_id,
             pad_token_id=base_lm.eos_token_id,
         )
-        continuation = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-        shown.append({"prompt": prompt, "latent": text, "base_lm": continuation})
+        row["base_lm"] = str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
     return shown
 
 
@@ -288,11 +334,10 @@ def compute_report(project: Path) -> dict[str, Any]:
             frozen = min(steps, train.frozen_steps)
             total = frozen * codec.train_frozen + (steps - frozen) * codec.train_full
         else:
-            model = json.loads((project / "model" / stage / "config.json").read_text())["config"]
-            latent = flops.rq_transformer(
-                RQTransformerConfig.model_validate(model), length / config.codec.compression_factor
-            )
-            total = 3 * steps * (latent.spatial + latent.depth) / config.codec.compression_factor
+            saved = json.loads((project / "model" / stage / "config.json").read_text())
+            model = RQTransformerConfig.model_validate(saved["config"])
+            factor = config.codec.compression_factor
+            total = 3 * steps * flops.latent_model(saved["model"], model, length / factor) / factor
         report[stage] = {
             "steps": steps,
             "train_tokens": steps * tokens_per_step,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from rqvae import RQVAE, LatentGenerator, RQTransformer
+from rqvae import LatentGenerator, load_codec, load_latent_model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
         for part in ("rqvae", "rq_transformer", "tokenizer"):
             if not (args.model / part).is_dir():
                 raise ValueError(f"'{args.model}' has no '{part}' (launch/convert_checkpoint.py writes it)")
-        vae = RQVAE.from_pretrained(args.model / "rqvae").to(device)
-        rq_transformer = RQTransformer.from_pretrained(args.model / "rq_transformer").to(device)
+        vae = load_codec(args.model / "rqvae").to(device)
+        latent_model = load_latent_model(args.model / "rq_transformer").to(device)
         tokenizer = AutoTokenizer.from_pretrained(args.model / "tokenizer")
-        generator = LatentGenerator(vae, rq_transformer, tokenizer)
+        generator = LatentGenerator(vae, latent_model, tokenizer)
         start = time.perf_counter()
         texts = generator.generate(prompts, args.max_new_tokens, args.temperature, args.seed)
     except ValueError as error:

@@ -183,14 +183,24 @@ def codec(config: RQVAEConfig, context: int, width: int, is_trained: bool, recom
     return total + 2 * refinement / factor + between
 
 
-def rq_transformer(config: RQTransformerConfig, context: int, width: int, recompute: bool) -> float:
-    """Bytes of the RQ-transformer per token, in samples of `context` tokens."""
+def latent_model(kind: str, config: RQTransformerConfig, context: int, width: int, recompute: bool) -> float:
+    """Bytes of a latent model per token of text, in samples of `context` tokens. `kind`: name of its class."""
     factor, levels = config.compression_factor, config.codebook_levels
-    spatial = block(
-        config.spatial_dim, config.spatial_layers, config.mlp_ratio, context / factor, width, recompute
-    )
+    positions = context / factor
+
+    def spatial(length: float) -> float:
+        return block(config.spatial_dim, config.spatial_layers, config.mlp_ratio, length, width, recompute)
+
+    if kind == "FlatTransformer":
+        return levels * spatial(positions * levels) / factor
+    if config.spatial_backbone is not None:
+        over_positions = backbone(
+            config.spatial_backbone.architecture, round(positions), width, True, recompute
+        )
+    else:
+        over_positions = spatial(positions)
     depth = block(config.depth_dim, config.depth_layers, config.mlp_ratio, levels, width, recompute)
-    return (spatial + levels * depth) / factor
+    return (over_positions + levels * depth) / factor
 
 
 def logits(hidden: int, vocabulary: int, tokens: int, width: int, is_trained: bool) -> float:

@@ -18,9 +18,9 @@ from torch import nn
 from launch import flops, memory
 from launch.config import RunConfig, Stage, check_world_size, load_config
 from launch.dry_run import batch_arithmetic
+from launch.latent_model import latent_model_config
 from launch.tasks import Phase, RQVAETask
-from rqvae import BaseLM, RQTransformer
-from rqvae.config import RQTransformerConfig
+from rqvae import BaseLM, FlatTransformer, RQTransformer
 
 GIB = 1 << 30
 
@@ -119,18 +119,15 @@ def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
 
 def rq_transformer(config: RunConfig, gpus: int) -> list[PhasePlan]:
     """The latent model."""
-    codec, length = config.codec, config.data.sample_length
-    shape = RQTransformerConfig(
-        **config.latent_model.model_dump(),
-        compression_factor=codec.compression_factor,
-        codebook_levels=codec.codebook_levels,
-        codebook_size=codec.codebook_size,
-    )
+    shape, length = latent_model_config(config), config.data.sample_length
+    model_class = FlatTransformer if config.latent_model.model == "flat_transformer" else RQTransformer
     with torch.device("meta"):
-        model = RQTransformer(shape)
-    kept = memory.rq_transformer(shape, length, width(config), config.train.activation_checkpointing)
-    costs = flops.rq_transformer(shape, length / codec.compression_factor)
-    per_token = 3 * (costs.spatial + costs.depth) / codec.compression_factor
+        model = model_class(shape)
+    kept = memory.latent_model(
+        model_class.__name__, shape, length, width(config), config.train.activation_checkpointing
+    )
+    factor = shape.compression_factor
+    per_token = 3 * flops.latent_model(model_class.__name__, shape, length / factor) / factor
     phase = Phase("full", 0, config.train.steps)
     head = (shape.depth_dim, max(shape.codebook_sizes))
     return [phase_plan(config, gpus, phase, model, kept, head, True, per_token)]

@@ -3,6 +3,9 @@
     python launch/precompute_codes.py --config configs/tiny.yaml --checkpoint runs/tiny/model/rqvae \\
         --task-index 0 --num-tasks 1
 
+With `codec.kind: identity` there is no checkpoint to give: the codec is made here. `--latents` keeps what the codes
+were chosen for too, from which `stochastic_codes` draws in training.
+
 Task i of n takes every n-th shard; finished shards are skipped, so a killed task is simply started again. The
 task that finds all shards done completes the directory.
 """
@@ -19,9 +22,10 @@ import torch
 from data_pipeline import TokenDataset, code_shard_is_done, finish_codes, write_code_shard
 from data_pipeline.errors import MissingShardError
 from launch.config import RunConfig, load_config
-from launch.paths import codes_directory
+from launch.paths import codes_directory, model_directory
 from launch.progress import Progress
-from rqvae import RQVAE
+from rqvae import RQVAE, IdentityCodec, load_codec
+from rqvae.codec import Codec
 
 SPLITS = ("train", "validation")  # what training reads; evaluation encodes the test split itself
 
@@ -32,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="model directory of the codec")
+    parser.add_argument("--checkpoint", type=Path, help="model directory of the codec")
+    parser.add_argument("--latents", action="store_true", help="keep the latents beside the codes, in fp16")
     parser.add_argument("--task-index", type=int, default=0)
     parser.add_argument("--num-tasks", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass")
@@ -42,19 +47,46 @@ def main(arguments: list[str] | None = None) -> int:
         if not 0 <= args.task_index < args.num_tasks:
             raise ValueError(f"--task-index {args.task_index} is not below --num-tasks {args.num_tasks}")
         config = load_config(args.config, overrides=args.overrides)
-        encode(config, args.checkpoint, args.task_index, args.num_tasks, args.batch_size)
+        codec = codec_of(config, args.checkpoint)
+        encode(config, codec, args.latents, args.task_index, args.num_tasks, args.batch_size)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def encode(config: RunConfig, checkpoint: Path, task_index: int, num_tasks: int, batch_size: int) -> None:
-    """Write this task's code shards, and the manifest when none is missing any more."""
-    vae = RQVAE.from_pretrained(checkpoint)
-    codec_hash = vae.codec_hash()
-    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+def codec_of(config: RunConfig, checkpoint: Path | None) -> Codec:
+    """The codec to encode with.
+
+    Raises:
+        ValueError: none is given, or it is not of the configuration's kind.
+    """
+    if config.codec.kind == "identity":
+        if checkpoint is not None:
+            raise ValueError("--checkpoint: the identity codec has none; leave it out")
+        codec = IdentityCodec(config.codec)
+        codec.save_pretrained(model_directory(config) / "rqvae")
+        return codec
+    if checkpoint is None:
+        raise ValueError("--checkpoint: the model directory of the codec is needed")
+    return load_codec(checkpoint)
+
+
+def encode(
+    config: RunConfig, codec: Codec, with_latents: bool, task_index: int, num_tasks: int, batch_size: int
+) -> None:
+    """Write this task's code shards, and the manifest when none is missing any more.
+
+    Raises:
+        ValueError: latents are asked for of a codec that has none.
+    """
+    codec_hash = codec.codec_hash()
+    codec.to("cuda" if torch.cuda.is_available() else "cpu")
     output, tokens = codes_directory(config), config.data.directory
+    if with_latents:
+        if not isinstance(codec, RQVAE):
+            raise ValueError("--latents: the identity codec has no latents, and nothing to draw from")
+        codec.quantizer.save_pretrained(output / "quantizer")
     for split in SPLITS:
         dataset = TokenDataset(tokens, split)
         shards = range(task_index, len(dataset.shards), num_tasks)
@@ -62,19 +94,26 @@ def encode(config: RunConfig, checkpoint: Path, task_index: int, num_tasks: int,
         progress = Progress(total, f"encode {split}", unit="samples")
         for shard in shards:
             if code_shard_is_done(
-                output, split, shard, token_fingerprint=dataset.fingerprint, codec_hash=codec_hash
+                output,
+                split,
+                shard,
+                token_fingerprint=dataset.fingerprint,
+                codec_hash=codec_hash,
+                with_latents=with_latents,
             ):
                 progress.update(len(dataset.shard_range(shard)))
                 continue
+            codes, latents = encode_shard(codec, dataset, shard, with_latents, batch_size, progress)
             write_code_shard(
                 output,
                 split,
                 shard,
-                encode_shard(vae, dataset, shard, batch_size, progress),
+                codes,
                 token_dataset=dataset,
                 codec_hash=codec_hash,
-                compression_factor=vae.config.compression_factor,
-                codebook_sizes=vae.config.codebook_sizes,
+                compression_factor=codec.config.compression_factor,
+                codebook_sizes=codec.config.codebook_sizes,
+                latents=latents,
             )
         progress.close()
     try:
@@ -88,18 +127,25 @@ def encode(config: RunConfig, checkpoint: Path, task_index: int, num_tasks: int,
 
 
 def encode_shard(
-    vae: RQVAE, dataset: TokenDataset, shard: int, batch_size: int, progress: Progress
-) -> np.ndarray:
-    """Codes [n, S, D] of all samples of a token shard."""
-    device = vae.encoder.absent_token.device
+    codec: Codec, dataset: TokenDataset, shard: int, with_latents: bool, batch_size: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes [n, S, D] of all samples of a token shard, and their latents [n, S, E] if asked for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     samples = dataset.shard_range(shard)
-    codes = []
+    codes, latents = [], []
     for start in range(samples.start, samples.stop, batch_size):
         batch = dataset.read(range(start, min(start + batch_size, samples.stop)))
-        encoded = vae.encode(batch["input_ids"].to(device), document_ids=batch["document_ids"].to(device))
+        ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
+        if with_latents:
+            with torch.inference_mode():
+                out = codec(ids, document_ids=documents)
+            latents.append(out.latents.float().cpu().numpy())
+            encoded = out.codes
+        else:
+            encoded = codec.encode(ids, document_ids=documents)
         codes.append(encoded.cpu().numpy())
         progress.update(len(encoded))
-    return np.concatenate(codes)
+    return np.concatenate(codes), np.concatenate(latents) if with_latents else None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from data_pipeline import CodeDataset, TokenDataset
 from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
+from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
 from rqvae.backbone import BaseLM
-from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
+from rqvae.flat_transformer import FlatTransformer
+from rqvae.latent_model import LatentModel
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
-from rqvae.randomness import sample_seeds
+from rqvae.randomness import Purpose, sample_seeds, uniform
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
@@ -59,6 +62,10 @@ class Task(ABC):
         Raises:
             ValueError: says what does not fit and what to do.
         """
+
+    def notes(self) -> list[str]:
+        """Lines to be said at the start of training."""
+        return []
 
     @abstractmethod
     def create_model(self) -> nn.Module:
@@ -273,9 +280,21 @@ class RQTransformerTask(Task):
         return TokenDataset(self.config.data.directory, split)
 
     def dataset(self, split: str) -> CodeDataset:
-        return CodeDataset(self._token_dataset(split), codes_directory(self.config))
+        return CodeDataset(
+            self._token_dataset(split),
+            codes_directory(self.config),
+            with_latents=self.config.train.stochastic_codes,
+        )
 
-    def create_model(self) -> RQTransformer:
+    @property
+    def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
+        return RQTransformer if self.config.latent_model.model == "rq_transformer" else FlatTransformer
+
+    def notes(self) -> list[str]:
+        match = describe_match(self.config)
+        return [] if match is None else [match]
+
+    def create_model(self) -> LatentModel:
         codes = self.dataset("train")
         codec = self.config.codec
         made_by = (codes.compression_factor, tuple(codes.codebook_sizes))
@@ -284,22 +303,30 @@ class RQTransformerTask(Task):
                 f"codes in '{codes_directory(self.config)}' have K, C = {made_by}; this configuration has "
                 f"{(codec.compression_factor, codec.codebook_sizes)}. Use the configuration of their codec"
             )
-        return RQTransformer(
-            RQTransformerConfig(
-                **self.config.latent_model.model_dump(),
-                compression_factor=codec.compression_factor,
-                codebook_levels=codec.codebook_levels,
-                codebook_size=codec.codebook_size,
-                codec_hash=codes.codec_hash,
-            )
-        )
+        return self._model_class(latent_model_config(self.config, codes.codec_hash))
 
-    def load_model(self, directory: Path) -> RQTransformer:
-        return RQTransformer.from_pretrained(directory)
+    def load_initial_weights(self, model: nn.Module) -> None:
+        spatial_backbone = self.config.latent_model.spatial_backbone
+        if spatial_backbone is not None and spatial_backbone.pretrained is not None:
+            assert isinstance(model, RQTransformer)
+            model.load_backbone(spatial_backbone.pretrained)
+
+    def backbone_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        return model.backbone_parameters() if isinstance(model, RQTransformer) else iter(())
+
+    def load_model(self, directory: Path) -> LatentModel:
+        return self._model_class.from_pretrained(directory)
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         documents = chunk_documents(batch["document_ids"], self.config.codec.compression_factor)
-        out = model(batch["codes"], document_ids=documents, num_tokens=num_tokens)
+        codes, soft_targets = self._codes(model, batch, step)
+        out = model(
+            codes,
+            batch["input_ids"] if self.config.latent_model.reads_tokens else None,
+            token_document_ids=batch["document_ids"],
+            num_tokens=num_tokens,
+            soft_targets=soft_targets,
+        )
         real = documents > 0
         return StepOutput(
             out.loss,
@@ -310,6 +337,22 @@ class RQTransformerTask(Task):
                 "level_correct": out.correct.double().sum((0, 1)),
             },
         )
+
+    def _codes(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, list[Tensor] | None]:
+        """What to predict: the codes on disk or, in training with stochastic codes, a draw and what it is from."""
+        if not self.config.train.stochastic_codes or not model.training:
+            return batch["codes"], None
+        seeds = sample_seeds(self.config.seed, step, batch["sample_index"])
+        numbers = uniform(seeds, Purpose.CODES, *batch["codes"].shape[1:])
+        return self._quantizer.to(numbers.device).sample(batch["latents"], numbers, with_soft_targets=True)
+
+    @cached_property
+    def _quantizer(self) -> ResidualQuantizer:
+        """The one that made the codes, at this run's temperature."""
+        quantizer = ResidualQuantizer.from_pretrained(codes_directory(self.config) / "quantizer")
+        temperature = self.config.codec.quantizer.code_temperature
+        quantizer.config = quantizer.config.model_copy(update={"code_temperature": temperature})
+        return quantizer
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         chunks = sums["chunks"].clamp(min=1)

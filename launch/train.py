@@ -77,6 +77,8 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(config.to_yaml())
         environment = capture_environment(directory)
+        for note in task.notes():
+            print(note, flush=True)
     dist.barrier()
     step = resumed.state.step if resumed else 0
     tracker = Tracker(directory, config, config.stage, rank, resume_step=step, environment=environment)

@@ -12,7 +12,9 @@ _HOME = {
     "BaseLM": "backbone",
     "DepthTransformer": "rq_transformer",
     "FlatTransformer": "flat_transformer",
+    "IdentityCodec": "identity_codec",
     "LatentGenerator": "generation",
+    "LatentModel": "latent_model",
     "Quantizer": "quantizer",
     "RQTransformer": "rq_transformer",
     "RQTransformerConfig": "config",
@@ -25,7 +27,10 @@ _HOME = {
     "TextDecoder": "decoder",
     "TextEncoder": "encoder",
     "TransformerBlock": "layers",
+    "create_codec": "codec",
     "latent_bound": "likelihood",
+    "load_codec": "codec",
+    "load_latent_model": "latent_model",
 }
 
 __all__ = sorted(_HOME)

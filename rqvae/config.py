@@ -234,8 +234,16 @@ class RQVAEConfig(StrictModel):
         return self.codebook_size
 
 
+class ResidualQuantizerConfig(StrictModel):
+    """A residual quantizer by itself, as it is kept beside the codes it made."""
+
+    codebook_sizes: tuple[int, ...]
+    codebook_dim: int = Field(gt=0)
+    quantizer: QuantizerConfig
+
+
 class RQTransformerShape(StrictModel):
-    """Size of the latent model; what it predicts (D, C, K) comes from the codec."""
+    """The latent model as far as it can be chosen; what it predicts (D, C, K) comes from the codec."""
 
     spatial_dim: int = Field(default=256, gt=0)
     """Width of the spatial transformer, which runs over latent positions."""
@@ -248,14 +256,61 @@ class RQTransformerShape(StrictModel):
     mlp_ratio: float = Field(default=8 / 3, gt=0)
     """Hidden width of the SwiGLU over the model width (8/3 costs as much as a plain MLP of ratio 4)."""
     rope_theta: float = Field(default=1e4, gt=0)
+    head: Literal["per_level", "shared"] = "per_level"
+    """Output heads of the D levels: one for each, or one for all, which needs codebooks of equal size."""
+    spatial_input: Literal["codes", "tokens", "both"] = "codes"
+    """What the spatial transformer reads of the latent before: the sum of its codes' embeddings, its K tokens
+    (CALM, arXiv 2510.27688), or the sum of both. With tokens every latent is decoded as soon as it is
+    generated, which takes the time of streaming."""
+    spatial_backbone: BackboneConfig | None = None
+    """A Hugging Face backbone in place of the spatial transformer's own layers. `spatial_dim` and
+    `spatial_layers` must be its hidden_size and num_hidden_layers."""
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Text is part of the input."""
+        return self.spatial_input != "codes"
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> RQTransformerShape:
-        for name in ("spatial_dim", "depth_dim"):
+    def _widths_fit(self) -> RQTransformerShape:
+        own_stacks = ("depth_dim",) if self.spatial_backbone is not None else ("spatial_dim", "depth_dim")
+        for name in own_stacks:
             if getattr(self, name) % self.head_dim:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) must be a multiple of head_dim ({self.head_dim})"
                 )
+        if self.spatial_backbone is not None:
+            architecture = self.spatial_backbone.architecture
+            for name, wanted in (
+                ("spatial_dim", "hidden_size"),
+                ("spatial_layers", "num_hidden_layers"),
+            ):
+                if getattr(self, name) != getattr(architecture, wanted):
+                    raise ValueError(
+                        f"{name} ({getattr(self, name)}) must be the spatial_backbone's {wanted} "
+                        f"({getattr(architecture, wanted)})"
+                    )
+        return self
+
+
+class LatentModelConfig(RQTransformerShape):
+    """The latent model of a run."""
+
+    model: Literal["rq_transformer", "flat_transformer"] = "rq_transformer"
+    """flat_transformer is the baseline: one transformer over the flattened codes, of `spatial_dim` and
+    `spatial_layers`."""
+    match: Literal["parameters", "compute"] | None = None
+    """Give a flat_transformer as many layers as bring it nearest to the rq_transformer of the same settings,
+    in parameters, or in forward FLOPs per sample. Null: `spatial_layers`."""
+
+    @model_validator(mode="after")
+    def _the_baseline_has_fewer_options(self) -> LatentModelConfig:
+        if self.model == "rq_transformer" and self.match is not None:
+            raise ValueError("match: only a flat_transformer is matched; set it to null, or change model")
+        if self.model == "flat_transformer" and self.reads_tokens:
+            raise ValueError("spatial_input: a flat_transformer reads codes only")
+        if self.model == "flat_transformer" and self.spatial_backbone is not None:
+            raise ValueError("spatial_backbone: a flat_transformer has layers of its own only")
         return self
 
 
@@ -265,16 +320,45 @@ class RQTransformerConfig(RQTransformerShape):
     compression_factor: int = Field(gt=0)
     codebook_levels: int = Field(gt=0)
     codebook_size: int | tuple[int, ...]
+    vocab_size: int | None = Field(default=None, gt=0)
+    """V: needed by a model that reads tokens."""
     codec_hash: str | None = None
     """Hash of the codec whose codes it was trained on; generation refuses another codec."""
 
+    @classmethod
+    def for_codec(
+        cls, codec: RQVAEConfig, latent_model: LatentModelConfig, codec_hash: str | None = None
+    ) -> RQTransformerConfig:
+        """The latent model of `codec`; `latent_model.match` is left to the caller."""
+        return cls(
+            **latent_model.model_dump(exclude={"model", "match"}),
+            compression_factor=codec.compression_factor,
+            codebook_levels=codec.codebook_levels,
+            codebook_size=codec.codebook_size,
+            vocab_size=codec.backbone.architecture.vocab_size if latent_model.reads_tokens else None,
+            codec_hash=codec_hash,
+        )
+
     @model_validator(mode="after")
-    def _one_size_per_level(self) -> RQTransformerConfig:
+    def _fits_the_codec(self) -> RQTransformerConfig:
         if not isinstance(self.codebook_size, int) and len(self.codebook_size) != self.codebook_levels:
             raise ValueError(
                 f"codebook_size lists {len(self.codebook_size)} sizes for "
                 f"codebook_levels={self.codebook_levels}"
             )
+        if self.head == "shared" and len(set(self.codebook_sizes)) > 1:
+            raise ValueError(
+                f"head: shared needs codebooks of one size, not {list(self.codebook_sizes)}; use per_level"
+            )
+        if self.reads_tokens and self.vocab_size is None:
+            raise ValueError(f"spatial_input: {self.spatial_input} needs vocab_size")
+        if self.reads_tokens and self.spatial_backbone is not None:
+            known = self.spatial_backbone.architecture.vocab_size
+            if known != self.vocab_size:
+                raise ValueError(
+                    f"spatial_backbone: its vocab_size ({known}) must be the codec's ({self.vocab_size}), "
+                    "because the tokens are read with its embeddings"
+                )
         return self
 
     @property

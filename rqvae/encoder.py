@@ -19,6 +19,32 @@ def chunk_documents(document_ids: Tensor, compression_factor: int) -> Tensor:
     return document_ids.view(document_ids.shape[0], -1, compression_factor).amax(-1)
 
 
+def token_documents(
+    input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, compression_factor: int
+) -> Tensor:
+    """Document of every token, from whichever of the two was given; one document per row by default.
+
+    Args:
+        input_ids: LongTensor [B, T].
+        attention_mask: [B, T], 0 at padding; for one document per row.
+        document_ids: LongTensor [B, T], 0 at padding; for packed documents, instead of the mask.
+
+    Returns:
+        LongTensor [B, T].
+
+    Raises:
+        ValueError: T is not a multiple of K.
+    """
+    if input_ids.shape[1] % compression_factor:
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens are not a whole number of chunks of {compression_factor}; "
+            "pad them (on the left for a prompt)"
+        )
+    if document_ids is not None:
+        return document_ids
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+
+
 class TextEncoder(nn.Module):
     """Causal backbone, strided convolution over its states and the token embeddings, causal refinement, projection.
 

@@ -6,77 +6,110 @@ section 3.2. Same inputs, outputs and configuration as `RQTransformer` (the dept
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from rqvae import persistence
 from rqvae.config import RQTransformerConfig
+from rqvae.latent_model import CodeEmbedding, CodeHeads, CodeSteps, LatentModel, shifted
 from rqvae.layers import LinearHead, TransformerBlock, causal_document_mask, positions_in_documents
-from rqvae.rq_transformer import CodeEmbedding, RQTransformerOutput
 
 
-class FlatTransformer(nn.Module):
-    """Autoregressive model of the sequence code (0, 0), (0, 1), ..., (0, D-1), (1, 0), ..."""
+class FlatTransformer(LatentModel):
+    """Autoregressive model of the sequence code (0, 0), (0, 1), ..., (0, D-1), (1, 0), ...
+
+    Raises:
+        ValueError: the configuration asks for what only an `RQTransformer` has.
+    """
 
     def __init__(self, config: RQTransformerConfig):
-        super().__init__()
-        self.config = config
+        if config.reads_tokens or config.spatial_backbone is not None:
+            raise ValueError("a FlatTransformer reads codes only and has no spatial_backbone")
+        super().__init__(config)
         self.embedding = CodeEmbedding(config.codebook_sizes, config.spatial_dim)
         self.level_positions = nn.Parameter(torch.randn(config.codebook_levels, config.spatial_dim) * 0.02)
         self.start = nn.Parameter(torch.randn(config.spatial_dim) * 0.02)
         self.block = TransformerBlock(
             config.spatial_dim, config.spatial_layers, config.head_dim, config.mlp_ratio, config.rope_theta
         )
-        self.heads = nn.ModuleList(LinearHead(config.spatial_dim, size) for size in config.codebook_sizes)
+        self.heads = CodeHeads(config.spatial_dim, config)
 
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> FlatTransformer:
-        """Load what `save_pretrained` wrote, in evaluation mode; ValueError if it does not fit."""
-        return persistence.load_model(cls, RQTransformerConfig, directory)
+    def head(self, level: int) -> LinearHead:
+        """The output head that predicts the codes of a level."""
+        return self.heads.of_level(level)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and safetensors."""
-        persistence.save_model(self, self.config, directory)
+    def inputs(self, codes: Tensor, documents: Tensor) -> Tensor:
+        """Inputs of the stack.
 
-    def forward(
+        Args:
+            codes: LongTensor [B, S, D].
+            documents: LongTensor [B, N], N flattened positions: S * D, or one more to predict what follows.
+
+        Returns:
+            [B, N, E].
+        """
+        length = documents.shape[1]
+        levels = self.level_positions.repeat(-(-length // self.config.codebook_levels), 1)[:length]
+        return shifted(self.embedding(codes).flatten(1, 2), self.start, documents) + levels
+
+    def _hidden_states(
+        self, codes: Tensor, document_ids: Tensor, input_ids: Tensor | None, is_token: Tensor
+    ) -> Tensor:
+        documents = document_ids.repeat_interleave(codes.shape[-1], dim=1)
+        mask = causal_document_mask(documents, documents)
+        hidden = self.block(self.inputs(codes, documents), positions_in_documents(documents), mask)
+        return hidden.view(-1, codes.shape[-1], hidden.shape[-1])
+
+    def _begin(
         self,
         codes: Tensor,
-        document_ids: Tensor | None = None,
-        num_tokens: Tensor | None = None,
-        return_logits: bool = False,
-    ) -> RQTransformerOutput:
-        """Likelihood of codes under teacher forcing; arguments as in `RQTransformer.forward`."""
-        batch, positions, levels = codes.shape
-        if levels != self.config.codebook_levels:
-            raise ValueError(f"codes have {levels} levels, the model has {self.config.codebook_levels}")
-        if document_ids is None:
-            document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
-        real = document_ids > 0
-        if num_tokens is None:
-            num_tokens = (real.sum() * self.config.compression_factor).clamp(min=1)
-        flat_documents = document_ids.repeat_interleave(levels, dim=1)
-        previous = self.embedding(codes).flatten(1, 2).roll(1, dims=1)
-        is_inside = torch.zeros_like(flat_documents, dtype=torch.bool)
-        is_inside[:, 1:] = flat_documents[:, 1:] == flat_documents[:, :-1]
-        x = torch.where(is_inside[..., None], previous, self.start.to(previous.dtype))
-        x = x + self.level_positions.repeat(positions, 1)
-        mask = causal_document_mask(flat_documents, flat_documents)
-        hidden = self.block(x, positions_in_documents(flat_documents), mask).view(
-            batch * positions, levels, -1
+        documents: Tensor,
+        max_new_latents: int,
+        input_ids: Tensor | None,
+        is_token: Tensor | None,
+    ) -> CodeSteps:
+        return _FlatTransformerSteps(self, codes, documents, max_new_latents)
+
+
+class _FlatTransformerSteps(CodeSteps):
+    """D steps of the one stack per position."""
+
+    def __init__(self, model: FlatTransformer, codes: Tensor, documents: Tensor, max_new_latents: int):
+        self._model = model
+        self._num_levels = codes.shape[-1]
+        # The position to come begins with its first code.
+        documents = documents.repeat_interleave(self._num_levels, dim=1)[:, : 1 - self._num_levels or None]
+        self._cache = model.block.new_cache(
+            len(codes), (codes.shape[1] + max_new_latents) * self._num_levels, model.start
         )
-        weights = real.flatten() / num_tokens
-        outputs = [
-            head(hidden[:, level], codes[..., level].flatten(), weights)
-            for level, head in enumerate(self.heads)
-        ]
-        logits = None
-        if return_logits:
-            logits = [head(hidden[:, i]).view(batch, positions, -1) for i, head in enumerate(self.heads)]
-        return RQTransformerOutput(
-            loss=torch.stack([out.loss for out in outputs]).sum(),
-            nats=torch.stack([out.nats for out in outputs], dim=-1).view(codes.shape),
-            correct=torch.stack([out.correct for out in outputs], dim=-1).view(codes.shape) & real[..., None],
-            logits=logits,
+        mask = causal_document_mask(documents, documents)
+        hidden = model.block(
+            model.inputs(codes, documents), positions_in_documents(documents), mask, self._cache
         )
+        self._hidden = hidden[:, -1]
+        self._position = documents.sum(1, keepdim=True)
+        # A step sees all there is, unless some rows begin with padding.
+        self._documents = documents if bool((documents == 0).any()) else None
+
+    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        codes: list[Tensor] = []
+        for level in range(self._num_levels):
+            if level:
+                self._step(codes[-1], level)
+            codes.append(choose(self._model.head(level)(self._hidden)))
+        return torch.stack(codes, dim=1)
+
+    def append(self, codes: Tensor, input_ids: Tensor | None = None) -> None:
+        self._step(codes[:, -1], 0)
+
+    def _step(self, previous: Tensor, level: int) -> None:
+        """Read the code before one of `level`."""
+        mask = None
+        if self._documents is not None:
+            self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
+            mask = causal_document_mask(self._documents[:, -1:], self._documents)
+        x = self._model.embedding.level(previous, (level - 1) % self._num_levels)
+        x = (x + self._model.level_positions[level])[:, None]
+        self._hidden = self._model.block(x, self._position, mask, self._cache)[:, -1]
+        self._position = self._position + 1

@@ -5,6 +5,7 @@ Shapes: B batch, S latents, D levels, K tokens per latent.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rqvae.layers import TransformerCache, causal_document_mask
-from rqvae.rq_transformer import RQTransformer
-from rqvae.rq_vae import RQVAE
+from rqvae.codec import Codec
+from rqvae.latent_model import LatentModel
 
 DECODE_BLOCK = 32
 """Latents generated between two decodes. Decoding many positions at once is nearly free, but the end of a
@@ -55,15 +55,23 @@ class LatentGenerator:
     A prompt is padded on the left to a whole number of chunks: every phase of the chunk grid occurs in
     training, so its length does not matter.
 
+    A latent model that reads tokens is fed those decoded from its codes, so that every latent is decoded before
+    the next one is drawn. It cannot decode deferred, many latents at a time: its speed is the streaming speed.
+
     Raises:
-        ValueError: the latent model was trained on the codes of another codec.
+        ValueError: the latent model was trained on the codes of another codec, or the codec sees the future.
     """
 
-    def __init__(self, vae: RQVAE, rq_transformer: RQTransformer, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, vae: Codec, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
+        if vae.config.resample == "reference":
+            raise ValueError(
+                "codes made with resample: reference depend on the text after them, so they cannot be "
+                "generated in order; train a codec with resample: chunked"
+            )
         expected = rq_transformer.config.codec_hash
         if expected is not None and expected != (actual := vae.codec_hash()):
             raise ValueError(
-                f"the RQ-transformer was trained on codes of codec {expected[:12]}, this codec is "
+                f"the latent model was trained on codes of codec {expected[:12]}, this codec is "
                 f"{actual[:12]}; train it on codes from this codec (launch/precompute_codes.py)"
             )
         self.vae = vae.eval()
@@ -114,46 +122,39 @@ class LatentGenerator:
         num_new = math.ceil(max_new_tokens / self.compression_factor)
         num_prompt = documents.shape[1]
         generator = torch.Generator(self._device).manual_seed(seed)
-        spatial = self.rq_transformer.spatial
-        decoder_cache = self.vae.decoder.new_cache(len(prompt_ids), num_prompt + num_new)
-        # Input i of the spatial transformer is the latent before position i, so there is one more input
-        # than prompt latents: the start vector, in front of every row's first latent.
-        cache = spatial.block.new_cache(len(prompt_ids), num_prompt + num_new, spatial.start)
-        context, key_documents, next_position = self._prefill(prompt_codes, documents, cache)
+        choose = functools.partial(sample, temperature=temperature, generator=generator)
+        reads_tokens = self.rq_transformer.config.reads_tokens
+        text = {"input_ids": input_ids, "token_document_ids": token_documents} if reads_tokens else {}
+        steps = self.rq_transformer.begin(prompt_codes, documents, num_new, **text)
         watch.add("spatial")
 
-        depth_cache = self.rq_transformer.depth.new_cache(len(prompt_ids))
+        decoder_cache = self.vae.new_decoder_cache(len(prompt_ids), num_prompt + num_new)
+        decode_every = 1 if reads_tokens else DECODE_BLOCK if stop_at_end_of_text else num_new
         blocks: list[Tensor] = []
         tokens: list[Tensor] = []
         pending = [prompt_codes] if num_prompt else []
-        is_ragged = bool((documents == 0).any())
+        pending_documents = [documents] if num_prompt else []
         ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=self._device)
         for index in range(num_new):
-            codes = self._sample_codes(context, depth_cache, temperature, generator)
+            codes = steps.draw(choose)
             watch.add("depth")
             blocks.append(codes)
             pending.append(codes[:, None])
+            pending_documents.append(torch.ones_like(codes[:, :1]))
             is_last = index + 1 == num_new
-            if is_last or (stop_at_end_of_text and (index + 1) % DECODE_BLOCK == 0):
-                new = torch.cat(pending, dim=1)
-                pending = []
-                fresh = torch.ones_like(new[..., 0])
-                if decoder_cache.documents.shape[1] == 0 and num_prompt:
-                    fresh[:, :num_prompt] = documents
-                logits = self.vae.decoder(self.vae.quantizer.embed(new), fresh, cache=decoder_cache)
-                ids = logits.argmax(-1)
-                tokens.append(ids[:, num_prompt * self.compression_factor :] if not tokens else ids)
+            if is_last or (index + 1) % decode_every == 0:
+                ids = self.vae.decode_block(
+                    torch.cat(pending, dim=1), torch.cat(pending_documents, dim=1), decoder_cache
+                )
+                pending, pending_documents = [], []
+                tokens.append(ids if tokens else ids[:, num_prompt * self.compression_factor :])
                 watch.add("decode")
                 if stop_at_end_of_text:
                     ended |= (tokens[-1] == self.tokenizer.eos_token_id).any(1)
                     if ended.all():
                         break
             if not is_last:
-                key_documents = torch.cat([key_documents, torch.ones_like(key_documents[:, :1])], dim=1)
-                mask = causal_document_mask(key_documents[:, -1:], key_documents) if is_ragged else None
-                x = spatial.embed(codes[:, None])
-                context = spatial.step(x, next_position[:, None], mask, cache)[:, -1]
-                next_position = next_position + 1
+                steps.append(codes, tokens[-1] if reads_tokens else None)
                 watch.add("spatial")
         new_ids = torch.cat(tokens, dim=1)[:, :max_new_tokens].tolist()
         if stop_at_end_of_text:
@@ -162,7 +163,7 @@ class LatentGenerator:
 
     @property
     def _device(self) -> torch.device:
-        return self.rq_transformer.spatial.start.device
+        return self.rq_transformer.device
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Pad on the left to whole chunks and to the longest prompt: ids and documents, each [B, P * K]."""
@@ -175,53 +176,6 @@ class LatentGenerator:
                 input_ids[row, length - len(ids) :] = torch.tensor(ids)
                 documents[row, length - len(ids) :] = 1
         return input_ids.to(self._device), documents.to(self._device)
-
-    def _prefill(
-        self, codes: Tensor, documents: Tensor, cache: TransformerCache
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the prompt through the spatial transformer.
-
-        Returns:
-            context [B, E] of the first new position, documents [B, P + 1] of the cached inputs, and the
-            position [B] of the next input.
-        """
-        spatial = self.rq_transformer.spatial
-        batch, num_prompt = documents.shape
-        # The start vector stands one place before the first latent of its row, that is on the last
-        # padding chunk, or on an extra place in front of the longest rows.
-        key_documents = torch.cat([documents.new_zeros(batch, 1), documents], dim=1)
-        is_start = torch.ones_like(key_documents, dtype=torch.bool)
-        is_start[:, :-1] = key_documents[:, 1:] > 0
-        is_start &= key_documents == 0
-        lengths = (documents > 0).sum(1)
-        x = spatial.start.expand(batch, num_prompt + 1, -1).clone()
-        if num_prompt:
-            x[:, 1:] = spatial.embed(codes)
-        x[is_start] = spatial.start
-        key_documents = (key_documents + is_start.long()).clamp(max=1)
-        positions = (key_documents.cumsum(1) - 1).clamp(min=0)
-        mask = causal_document_mask(key_documents, key_documents)
-        context = spatial.step(x, positions, mask, cache)[:, -1]
-        return context, key_documents, lengths + 1
-
-    def _sample_codes(
-        self, context: Tensor, cache: TransformerCache, temperature: float, generator: torch.Generator
-    ) -> Tensor:
-        """The D codes of one position: [B, E] -> LongTensor [B, D]."""
-        depth = self.rq_transformer.depth
-        cache.reset()
-        inputs = depth.from_context(context)[:, None] + depth.level_positions
-        prefix: Tensor | None = None
-        codes = []
-        for level in range(depth.num_levels):
-            x = inputs[:, level : level + 1]
-            if prefix is not None:
-                x = x + prefix
-            codes.append(sample(depth.step(x, level, cache), temperature, generator))
-            if level + 1 < depth.num_levels:
-                embedded = depth.embedding.level(codes[-1], level)[:, None]
-                prefix = embedded if prefix is None else prefix + embedded
-        return torch.stack(codes, dim=1)
 
 
 def _before(ids: list[int], end: int | None) -> list[int]:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rqvae.encoder import chunk_documents
-from rqvae.rq_transformer import RQTransformer
+from rqvae.latent_model import LatentModel
 from rqvae.rq_vae import RQVAE
 
 
@@ -33,7 +32,7 @@ class LatentBound(NamedTuple):
 
 @torch.inference_mode()
 def latent_bound(
-    vae: RQVAE, rq_transformer: RQTransformer, input_ids: Tensor, document_ids: Tensor
+    vae: RQVAE, latent_model: LatentModel, input_ids: Tensor, document_ids: Tensor
 ) -> LatentBound:
     """Score packed documents; every real token is counted, end-of-text included, padding never.
 
@@ -42,6 +41,6 @@ def latent_bound(
         document_ids: LongTensor [B, T], 0 at padding.
     """
     scored = vae(input_ids, document_ids=document_ids)
-    documents = chunk_documents(document_ids, vae.config.compression_factor)
-    prior = rq_transformer(scored.codes, document_ids=documents)
+    text = input_ids if latent_model.config.reads_tokens else None
+    prior = latent_model(scored.codes, text, token_document_ids=document_ids)
     return LatentBound(prior.nats, scored.nats, scored.correct, scored.codes, scored.distortion)

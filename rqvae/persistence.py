@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import nn
 FORMAT_VERSION = 1
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def save_model(model: nn.Module, config: BaseModel, directory: str | Path) -> None:
@@ -34,8 +36,16 @@ def save_model(model: nn.Module, config: BaseModel, directory: str | Path) -> No
     temporary.replace(directory / "config.json")
 
 
-def load_model(model_class: type[Model], config_class: type[BaseModel], directory: str | Path) -> Model:
+def load_model(
+    model_class: type[Model],
+    config_class: type[Config],
+    directory: str | Path,
+    create: Callable[[Config], Model] | None = None,
+) -> Model:
     """Read a model written by `save_model`, in evaluation mode.
+
+    Args:
+        create: makes the model of a configuration; `model_class` itself by default.
 
     Raises:
         ValueError: the directory is missing, of another class or version, damaged, or tensors do not fit.
@@ -52,7 +62,7 @@ def load_model(model_class: type[Model], config_class: type[BaseModel], director
         config = config_class.model_validate(content.get("config"))
     except ValidationError as error:
         raise ValueError(f"'{directory}/config.json' is not valid: {error}") from error
-    model = model_class(config)
+    model = (create or model_class)(config)
     load_tensors(model, directory)
     return model.eval()
 

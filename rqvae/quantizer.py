@@ -10,8 +10,8 @@ Shapes: N vectors, E `codebook_dim`, C codebook size, D levels.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rqvae.config import QuantizerConfig
+from rqvae import persistence
+from rqvae.config import QuantizerConfig, ResidualQuantizerConfig
 
 BLOCK_DISTANCES = 1 << 22
 """Distances formed at a time, so that memory does not grow as vectors x C."""
@@ -264,6 +265,10 @@ class Quantizer(nn.Module):
 class FiniteScalarQuantizer(Quantizer):
     """One level whose entries are a fixed grid in [-scale, scale]^E (Mentzer 2023, section 3).
 
+    The grid points are the centres of equal cells, so that what is left over lies within a cell's half width and
+    a finer grid can go on from there, also with 2 values per dimension. (The paper's outermost points lie on the
+    edges, where a second level of 2 values would gain nothing.)
+
     Nothing is learnt and no code can die; the averages only count usage.
 
     Args:
@@ -272,8 +277,8 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     def __init__(self, levels: tuple[int, ...], scale: Tensor):
-        points = [torch.linspace(-1, 1, size) for size in levels]
-        grid = torch.tensor(list(itertools.product(*(p.tolist() for p in points))))
+        points = [(2 * torch.arange(size) + 1) / size - 1 for size in levels]
+        grid = torch.cartesian_prod(*points).view(-1, len(levels))
         super().__init__(len(grid), len(levels))
         self.codebook.copy_(grid * scale)
         self.register_buffer("sizes", torch.tensor(levels), persistent=False)
@@ -284,10 +289,10 @@ class FiniteScalarQuantizer(Quantizer):
 
     def quantize(self, vectors: Tensor) -> Tensor:
         """Nearest grid point of every vector, dimension by dimension: [N, E] -> LongTensor [N]."""
-        steps = ((vectors / self.scale + 1) * (self.sizes - 1) / 2).round()
-        index = torch.minimum(steps.clamp(min=0).long(), self.sizes - 1)
+        cells = ((vectors / self.scale + 1) * self.sizes / 2).floor().clamp(min=0).long()
+        cells = torch.minimum(cells, self.sizes - 1)
         strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes
-        return (index * strides).sum(1)
+        return (cells * strides).sum(1)
 
     def initialize(self, vectors: Tensor, num_iterations: int, generator: torch.Generator) -> None:
         """The grid stays."""
@@ -332,8 +337,7 @@ class ResidualQuantizer(nn.Module):
         self.num_levels = len(codebook_sizes)
         self.levels: Sequence[Quantizer]
         if config.fsq_levels is not None:
-            # What is left of a grid of n values lies within a step's half, 1 / (n - 1) of the width before.
-            finer = 1 / (torch.tensor(config.fsq_levels) - 1)
+            finer = 1 / torch.tensor(config.fsq_levels)  # n values leave 1 / n of the width
             self.levels = nn.ModuleList(  # type: ignore[assignment]
                 FiniteScalarQuantizer(config.fsq_levels, finer**level) for level in range(self.num_levels)
             )
@@ -342,6 +346,22 @@ class ResidualQuantizer(nn.Module):
             self.levels = nn.ModuleList(Quantizer(size, dim) for size in sizes)  # type: ignore[assignment]
         # Since the last update: residuals [N, D, E], codes [N, D], summed squared distances [D].
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> ResidualQuantizer:
+        """Load what `save_pretrained` wrote, in evaluation mode; ValueError if it is something else."""
+
+        def create(config: ResidualQuantizerConfig) -> ResidualQuantizer:
+            return cls(config.codebook_sizes, config.codebook_dim, config.quantizer)
+
+        return persistence.load_model(cls, ResidualQuantizerConfig, directory, create)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and safetensors."""
+        config = ResidualQuantizerConfig(
+            codebook_sizes=self.codebook_sizes, codebook_dim=self.dim, quantizer=self.config
+        )
+        persistence.save_model(self, config, directory)
 
     def level(self, index: int) -> Quantizer:
         """The quantizer that serves a level."""

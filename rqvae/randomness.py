@@ -7,9 +7,21 @@ resume, and in the second forward pass of gradient checkpointing. A generator wi
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What numbers are drawn for; tells draws from the same seeds apart."""
+
+    TOKEN_DROPOUT = 0
+    LATENT_DROPOUT = 1
+    LATENT_NOISE = 2
+    LEVEL_DROPOUT = 3
+    CODES = 4
+
 
 # Steele 2014, figure 14 (SplitMix64), as signed 64-bit integers, whose products wrap around on every device.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -49,7 +61,7 @@ def uniform(seeds: Tensor, purpose: int, *shape: int) -> Tensor:
 
     Args:
         seeds: LongTensor [B].
-        purpose: tells draws from the same seeds apart.
+        purpose: one of `Purpose`.
         shape: of the numbers of one sample.
 
     Returns:

@@ -2,22 +2,22 @@
 
 Cost O(S^2 + S D^2) instead of O((S D)^2) of one flat sequence (Lee 2022, section 3.2).
 
-Shapes: B batch, S latent positions, D levels, C codebook size, E spatial width, G depth width.
+Shapes: B batch, S latent positions, D levels, C codebook size, K tokens per latent, E spatial width, G depth
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from rqvae import persistence
-from rqvae.config import RQTransformerConfig
+from rqvae.backbone import build_backbone, load_pretrained
+from rqvae.config import ArchitectureConfig, RQTransformerConfig
+from rqvae.latent_model import CodeEmbedding, CodeHeads, CodeSteps, LatentModel, shifted
 from rqvae.layers import (
-    HeadOutput,
     LinearHead,
     TransformerBlock,
     TransformerCache,
@@ -26,72 +26,139 @@ from rqvae.layers import (
 )
 
 
-class RQTransformerOutput(NamedTuple):
-    """Likelihood of codes."""
+class BackboneBlock(nn.Module):
+    """A Hugging Face backbone in the place of a `TransformerBlock`.
 
-    loss: Tensor
-    """Negative log-likelihood of the codes of all levels, per real token of text, in nats."""
-    nats: Tensor
-    """[B, S, D] fp32, 0 at padding."""
-    correct: Tensor
-    """BoolTensor [B, S, D]: the code is the most likely one; False at padding."""
-    logits: list[Tensor] | None
-    """[B, S, C] per level; only when asked for."""
+    Args:
+        with_embeddings: keep its token embeddings.
+    """
 
-
-class CodeEmbedding(nn.Module):
-    """One embedding per code of every level, in a single table."""
-
-    def __init__(self, codebook_sizes: tuple[int, ...], dim: int):
+    def __init__(self, architecture: ArchitectureConfig, with_embeddings: bool):
         super().__init__()
-        self.table = nn.Embedding(sum(codebook_sizes), dim)
-        nn.init.normal_(self.table.weight, std=0.02)
-        self.level_offsets = [sum(codebook_sizes[:level]) for level in range(len(codebook_sizes))]
-        self.register_buffer("offsets", torch.tensor(self.level_offsets), persistent=False)
+        self.backbone = build_backbone(architecture, with_embeddings)
 
-    offsets: Tensor
+    def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> DynamicCache:
+        """Empty cache; it grows, and takes dtype and device from what is put into it."""
+        return DynamicCache(config=self.backbone.config)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """LongTensor [..., D] -> [..., D, dim]."""
-        return self.table(codes + self.offsets[: codes.shape[-1]])
+    def forward(
+        self, x_BNE: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """Run the stack; as in `TransformerBlock`, but no mask is for a single position with a cache only."""
+        return self.backbone(
+            inputs_embeds=x_BNE,
+            attention_mask=mask,
+            position_ids=positions.expand(x_BNE.shape[:2]),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
 
-    def level(self, codes: Tensor, level: int) -> Tensor:
-        """Codes of one level: LongTensor [...] -> [..., dim]."""
-        return self.table(codes + self.level_offsets[level])
+
+class ChunkEmbedding(nn.Module):
+    """The K tokens of a latent as one vector: their embeddings side by side, then a two-layer MLP.
+
+    This is how CALM feeds decoded tokens back (arXiv 2510.27688, section on the autoregressive input).
+    """
+
+    def __init__(self, dim: int, compression_factor: int):
+        super().__init__()
+        self.compression_factor = compression_factor
+        # Stands for the places of a chunk that hold no token, whatever else is found there.
+        self.absent_token = nn.Parameter(torch.randn(dim) * 0.02)
+        first = nn.Linear(compression_factor * dim, 2 * dim, bias=False)
+        second = nn.Linear(2 * dim, dim, bias=False)
+        # SiLU halves small inputs; so the result starts at the scale of the embeddings, like that of the codes.
+        nn.init.normal_(first.weight, std=first.in_features**-0.5)
+        nn.init.normal_(second.weight, std=2 * second.in_features**-0.5)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+
+    def forward(self, embedded: Tensor, is_token: Tensor) -> Tensor:
+        """Token embeddings [B, S * K, E] and BoolTensor [B, S * K] -> [B, S, E]."""
+        embedded = torch.where(is_token[..., None], embedded, self.absent_token.to(embedded.dtype))
+        batch, length, dim = embedded.shape
+        factor = self.compression_factor
+        return self.mlp(embedded.reshape(batch, length // factor, factor * dim))
 
 
 class SpatialTransformer(nn.Module):
-    """Context of every position from the codes of the positions before (Lee 2022, equations 9-10).
+    """Context of every position from the positions before (Lee 2022, equations 9-10).
 
-    The input at position j is the sum over levels of the embeddings of the codes at j - 1; a document
-    starts from a learned vector.
+    The input at position j is made of position j - 1: the sum over levels of the embeddings of its codes, an
+    embedding of its tokens (`ChunkEmbedding`), or both added. A document starts from a learned vector.
     """
 
     def __init__(self, config: RQTransformerConfig):
         super().__init__()
-        self.embedding = CodeEmbedding(config.codebook_sizes, config.spatial_dim)
-        self.start = nn.Parameter(torch.randn(config.spatial_dim) * 0.02)
-        self.block = TransformerBlock(
-            config.spatial_dim, config.spatial_layers, config.head_dim, config.mlp_ratio, config.rope_theta
-        )
+        dim = config.spatial_dim
+        self.embedding: CodeEmbedding | None = None
+        if config.spatial_input != "tokens":
+            self.embedding = CodeEmbedding(config.codebook_sizes, dim)
+        self.start = nn.Parameter(torch.randn(dim) * 0.02)
+        self.block: TransformerBlock | BackboneBlock
+        if config.spatial_backbone is None:
+            self.block = TransformerBlock(
+                dim, config.spatial_layers, config.head_dim, config.mlp_ratio, config.rope_theta
+            )
+        else:
+            self.block = BackboneBlock(config.spatial_backbone.architecture, config.reads_tokens)
+        self.chunk_embedding: ChunkEmbedding | None = None
+        self.token_embedding: nn.Embedding | None = None
+        if config.reads_tokens:
+            assert config.vocab_size is not None  # the configuration has seen to it
+            self.chunk_embedding = ChunkEmbedding(dim, config.compression_factor)
+            if config.spatial_backbone is None:  # else the backbone has one
+                self.token_embedding = nn.Embedding(config.vocab_size, dim)
+                nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Sum over levels: LongTensor [B, S, D] -> [B, S, E]."""
-        return self.embedding(codes).sum(-2)
+    def embed(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> Tensor:
+        """What positions are for those that follow.
 
-    def forward(self, codes: Tensor, document_ids: Tensor) -> Tensor:
-        """Contexts [B, S, E] of all positions, from LongTensors codes [B, S, D] and document_ids [B, S]."""
-        is_inside = torch.zeros_like(document_ids, dtype=torch.bool)
-        is_inside[:, 1:] = document_ids[:, 1:] == document_ids[:, :-1]
-        previous = self.embed(codes).roll(1, dims=1)
-        x = torch.where(is_inside[..., None], previous, self.start.to(previous.dtype))
-        return self.block(
-            x, positions_in_documents(document_ids), causal_document_mask(document_ids, document_ids)
-        )
+        Args:
+            codes: LongTensor [B, S, D].
+            input_ids: LongTensor [B, S * K], for a model that reads tokens.
+            is_token: BoolTensor [B, S * K], False at places that hold none; by default all hold one.
 
-    def step(self, x_BNE: Tensor, positions: Tensor, mask: Tensor | None, cache: TransformerCache) -> Tensor:
-        """Contexts of further positions, given their inputs (`embed` of the codes before, or `start`)."""
-        return self.block(x_BNE, positions, mask, cache)
+        Returns:
+            [B, S, E].
+        """
+        embedded = None if self.embedding is None else self.embedding(codes).sum(-2)
+        if self.chunk_embedding is not None:
+            assert input_ids is not None
+            if is_token is None:
+                is_token = torch.ones_like(input_ids, dtype=torch.bool)
+            chunks = self.chunk_embedding(self._embed_tokens(input_ids), is_token)
+            embedded = chunks if embedded is None else embedded + chunks
+        assert embedded is not None
+        return embedded
+
+    def _embed_tokens(self, input_ids: Tensor) -> Tensor:
+        if self.token_embedding is not None:
+            return self.token_embedding(input_ids)
+        assert isinstance(self.block, BackboneBlock)
+        return self.block.backbone.get_input_embeddings()(input_ids)
+
+    def forward(
+        self,
+        codes: Tensor,
+        document_ids: Tensor,
+        input_ids: Tensor | None = None,
+        is_token: Tensor | None = None,
+        cache: TransformerCache | DynamicCache | None = None,
+    ) -> Tensor:
+        """Contexts of all positions.
+
+        Args:
+            codes: LongTensor [B, S, D]; those of the last position are nobody's input and may be left out.
+            document_ids: LongTensor [B, S].
+            input_ids, is_token: as in `embed`.
+            cache: empty; filled.
+
+        Returns:
+            [B, S, E].
+        """
+        x = shifted(self.embed(codes, input_ids, is_token), self.start, document_ids)
+        mask = causal_document_mask(document_ids, document_ids)
+        return self.block(x, positions_in_documents(document_ids), mask, cache)
 
 
 class DepthTransformer(nn.Module):
@@ -111,9 +178,7 @@ class DepthTransformer(nn.Module):
         self.block = TransformerBlock(
             config.depth_dim, config.depth_layers, config.head_dim, config.mlp_ratio, rope_theta=None
         )
-        self.heads: Sequence[LinearHead] = nn.ModuleList(  # type: ignore[assignment]
-            LinearHead(config.depth_dim, size) for size in config.codebook_sizes
-        )
+        self.heads = CodeHeads(config.depth_dim, config)
 
     def hidden_states(self, context: Tensor, codes: Tensor) -> Tensor:
         """States before the heads, with the true codes as input: [N, E] and [N, D] -> [N, D, G]."""
@@ -122,82 +187,103 @@ class DepthTransformer(nn.Module):
         x = torch.cat([x[:, :1], x[:, 1:] + prefix], dim=1)
         return self.block(x, positions=None)
 
-    def step(self, x_BNG: Tensor, level: int, cache: TransformerCache) -> Tensor:
-        """Logits [B, C] of one level, given its input [B, 1, G]; `cache` holds the levels before."""
-        return self.heads[level](self.block(x_BNG, None, None, cache)[:, 0])
+    def draw(self, context: Tensor, cache: TransformerCache, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """The D codes of one position: [B, E] -> LongTensor [B, D]; `choose` as in `CodeSteps.draw`."""
+        cache.reset()
+        # One row per level, so that the loop below has nothing to slice or reshape.
+        inputs = (self.from_context(context)[:, None] + self.level_positions).split(1, dim=1)
+        prefix: Tensor | None = None
+        codes: list[Tensor] = []
+        for level, x in enumerate(inputs):
+            if level:
+                embedded = self.embedding.level(codes[-1], level - 1)[:, None]
+                prefix = embedded if prefix is None else prefix + embedded
+                x = x + prefix
+            codes.append(choose(self.heads.of_level(level)(self.block(x, None, None, cache)[:, 0])))
+        return torch.stack(codes, dim=1)
 
     def new_cache(self, batch_size: int) -> TransformerCache:
         """Cache for the levels of one position, reused for every position."""
         return self.block.new_cache(batch_size, self.num_levels, self.level_positions)
 
 
-class RQTransformer(nn.Module):
+class RQTransformer(LatentModel):
     """Autoregressive model of residual codes: p(codes) = prod over positions and levels."""
 
     def __init__(self, config: RQTransformerConfig):
-        super().__init__()
-        self.config = config
+        if config.spatial_backbone is not None:
+            # Where the weights once started from is the run's business, as in `RQVAE`.
+            without = config.spatial_backbone.model_copy(update={"pretrained": None})
+            config = config.model_copy(update={"spatial_backbone": without})
+        super().__init__(config)
         self.spatial = SpatialTransformer(config)
         self.depth = DepthTransformer(config)
 
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> RQTransformer:
-        """Load what `save_pretrained` wrote, in evaluation mode.
+    def load_backbone(self, source: str) -> None:
+        """Initialise the `spatial_backbone` from a causal LM in Hugging Face layout.
 
         Raises:
-            ValueError: the directory is missing, damaged or holds something else.
+            ValueError: the model has none, or the weights do not fit.
         """
-        return persistence.load_model(cls, RQTransformerConfig, directory)
+        if not isinstance(self.spatial.block, BackboneBlock):
+            raise ValueError("this model has no spatial_backbone to load weights into")
+        load_pretrained(source, self.spatial.block.backbone, None)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and safetensors."""
-        persistence.save_model(self, self.config, directory)
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """What `load_backbone` fills; all else is new."""
+        if isinstance(self.spatial.block, BackboneBlock):
+            yield from self.spatial.block.parameters()
 
-    def forward(
+    def head(self, level: int) -> LinearHead:
+        """The output head that predicts the codes of a level."""
+        return self.depth.heads.of_level(level)
+
+    def _hidden_states(
+        self, codes: Tensor, document_ids: Tensor, input_ids: Tensor | None, is_token: Tensor
+    ) -> Tensor:
+        context = self.spatial(codes, document_ids, input_ids, is_token)
+        return self.depth.hidden_states(context.flatten(0, 1), codes.flatten(0, 1))
+
+    def _begin(
         self,
         codes: Tensor,
-        input_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        num_tokens: Tensor | None = None,
-        return_logits: bool = False,
-    ) -> RQTransformerOutput:
-        """Likelihood of codes under teacher forcing.
+        documents: Tensor,
+        max_new_latents: int,
+        input_ids: Tensor | None,
+        is_token: Tensor | None,
+    ) -> CodeSteps:
+        return _RQTransformerSteps(self, codes, documents, max_new_latents, input_ids, is_token)
 
-        Args:
-            codes: LongTensor [B, S, D].
-            input_ids: LongTensor [B, S * K], the text itself, for models that read it; refused by this one.
-            document_ids: LongTensor [B, S] document of every latent, 0 at padding; one document by default.
-            num_tokens: denominator of the loss; by default K times the real positions of this batch.
-            return_logits: also return the logits (memory: B S sum(C)).
 
-        Raises:
-            ValueError: `input_ids` given, or the number of levels is not the model's.
-        """
-        if input_ids is not None:
-            raise ValueError("this RQTransformer reads codes only; call it without input_ids")
-        if codes.shape[-1] != self.config.codebook_levels:
-            raise ValueError(
-                f"codes have {codes.shape[-1]} levels, the model has {self.config.codebook_levels}"
-            )
-        if document_ids is None:
-            document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
-        real = document_ids > 0
-        if num_tokens is None:
-            num_tokens = (real.sum() * self.config.compression_factor).clamp(min=1)
-        context = self.spatial(codes, document_ids).flatten(0, 1)
-        hidden = self.depth.hidden_states(context, codes.flatten(0, 1))
-        weights = real.flatten() / num_tokens
-        losses, nats, correct, logits = [], [], [], []
-        for level, head in enumerate(self.depth.heads):
-            out: HeadOutput = head(hidden[:, level], codes[..., level].flatten(), weights)
-            losses.append(out.loss)
-            nats.append(out.nats)
-            correct.append(out.correct)
-            if return_logits:
-                logits.append(head(hidden[:, level]).view(*codes.shape[:2], -1))
-        return RQTransformerOutput(
-            loss=torch.stack(losses).sum(),
-            nats=torch.stack(nats, dim=-1).view(codes.shape),
-            correct=torch.stack(correct, dim=-1).view(codes.shape) & real[..., None],
-            logits=logits if return_logits else None,
-        )
+class _RQTransformerSteps(CodeSteps):
+    """One step of the spatial transformer per position, D of the depth transformer."""
+
+    def __init__(
+        self,
+        model: RQTransformer,
+        codes: Tensor,
+        documents: Tensor,
+        max_new_latents: int,
+        input_ids: Tensor | None,
+        is_token: Tensor | None,
+    ):
+        spatial = model.spatial
+        self._spatial, self._depth = spatial, model.depth
+        self._cache = spatial.block.new_cache(len(codes), codes.shape[1] + max_new_latents, spatial.start)
+        self._depth_cache = model.depth.new_cache(len(codes))
+        self._context = spatial(codes, documents, input_ids, is_token, self._cache)[:, -1]
+        self._position = documents.sum(1, keepdim=True)
+        # A step sees all there is, unless some rows begin with padding.
+        self._documents = documents if bool((documents == 0).any()) else None
+
+    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._depth.draw(self._context, self._depth_cache, choose)
+
+    def append(self, codes: Tensor, input_ids: Tensor | None = None) -> None:
+        mask = None
+        if self._documents is not None:
+            self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
+            mask = causal_document_mask(self._documents[:, -1:], self._documents)
+        x = self._spatial.embed(codes[:, None], input_ids)
+        self._context = self._spatial.block(x, self._position, mask, self._cache)[:, -1]
+        self._position = self._position + 1

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from rqvae import persistence
 from rqvae.backbone import load_pretrained
 from rqvae.config import RQVAEConfig
-from rqvae.decoder import TextDecoder
-from rqvae.encoder import TextEncoder, chunk_documents
+from rqvae.decoder import DecoderCache, TextDecoder
+from rqvae.encoder import TextEncoder, chunk_documents, token_documents
 from rqvae.quantizer import ResidualQuantizer
-from rqvae.randomness import normal, uniform
-
-TOKEN_DROPOUT, LATENT_DROPOUT, LATENT_NOISE, LEVEL_DROPOUT, CODES = range(5)
-"""Purposes of random numbers."""
+from rqvae.randomness import Purpose, normal, uniform
 
 
 class RQVAEOutput(NamedTuple):
@@ -52,6 +49,8 @@ class RQVAE(nn.Module):
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
+        if config.kind != "rqvae":
+            raise ValueError(f"an RQVAE needs kind: rqvae; kind: {config.kind} has nothing to train")
         # Where the weights once started from is the run's business: a saved codec is complete without it.
         self.config = config.model_copy(
             update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
@@ -165,7 +164,7 @@ class RQVAE(nn.Module):
         if not self.training or not self.config.token_dropout:
             return None
         assert seeds is not None
-        return (uniform(seeds, TOKEN_DROPOUT, real.shape[1]) < self.config.token_dropout) & real
+        return (uniform(seeds, Purpose.TOKEN_DROPOUT, real.shape[1]) < self.config.token_dropout) & real
 
     def _kept_levels(self, seeds: Tensor | None) -> Tensor | None:
         """LongTensor [B]: leading levels that the decoder gets, of every sample."""
@@ -173,7 +172,7 @@ class RQVAE(nn.Module):
         if not self.training or not share:
             return None
         assert seeds is not None
-        is_cut, where = uniform(seeds, LEVEL_DROPOUT, 2).unbind(1)
+        is_cut, where = uniform(seeds, Purpose.LEVEL_DROPOUT, 2).unbind(1)
         return torch.where(is_cut < share, (where * levels).long() + 1, levels)
 
     def _disturbed(self, latents: Tensor, real: Tensor, seeds: Tensor | None) -> Tensor:
@@ -184,16 +183,15 @@ class RQVAE(nn.Module):
         assert seeds is not None
         if noise:
             mean_square = (latents.detach().square().mean(-1) * real).sum() / real.sum().clamp(min=1)
-            drawn = normal(seeds, LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
+            drawn = normal(seeds, Purpose.LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
             latents = latents + noise * mean_square.sqrt() * drawn
         if dropout:
-            kept = uniform(seeds, LATENT_DROPOUT, *latents.shape[1:]) >= dropout
+            kept = uniform(seeds, Purpose.LATENT_DROPOUT, *latents.shape[1:]) >= dropout
             latents = latents * kept / (1 - dropout)
         return latents
 
     # Use -----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def encode(
         self,
         input_ids: Tensor,
@@ -209,26 +207,21 @@ class RQVAE(nn.Module):
             sample: draw every code instead of taking the nearest (`ResidualQuantizer.sample`).
             generator: of the draws, on the device of the model.
         """
-        latents = self.encode_latents(input_ids, attention_mask, document_ids)
-        if sample:
-            shape = (*latents.shape[:2], self.config.codebook_levels)
-            numbers = torch.rand(shape, generator=generator, device=latents.device)
-            codes, _ = self.quantizer.sample(latents, numbers)
-        else:
-            mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
-            was_training = self.quantizer.training
-            self.quantizer.eval()  # encoding is not learning
-            codes = self.quantizer(latents, mask).codes
-            self.quantizer.train(was_training)
+        with torch.inference_mode():
+            latents = self.quantizer.bound(
+                self.encoder(input_ids, self._documents(input_ids, attention_mask, document_ids))
+            )
+            if sample:
+                shape = (*latents.shape[:2], self.config.codebook_levels)
+                numbers = torch.rand(shape, generator=generator, device=latents.device)
+                codes, _ = self.quantizer.sample(latents, numbers)
+            else:
+                mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
+                was_training = self.quantizer.training
+                self.quantizer.eval()  # encoding is not learning
+                codes = self.quantizer(latents, mask).codes
+                self.quantizer.train(was_training)
         return codes.clone()
-
-    @torch.inference_mode()
-    def encode_latents(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
-    ) -> Tensor:
-        """Latents before quantization, through `bound`: [B, T / K, codebook_dim]; arguments as in `forward`."""
-        document_ids = self._documents(input_ids, attention_mask, document_ids)
-        return self.quantizer.bound(self.encoder(input_ids, document_ids))
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits of the tokens of every latent.
@@ -245,16 +238,25 @@ class RQVAE(nn.Module):
         with torch.inference_mode():
             return self.decoder(self.quantizer.embed(codes), document_ids)
 
+    def new_decoder_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
+        """Empty cache for `decode_block`."""
+        return self.decoder.new_cache(batch_size, max_latents)
+
+    @torch.inference_mode()
+    def decode_block(self, codes: Tensor, documents: Tensor, cache: DecoderCache) -> Tensor:
+        """The most likely tokens of further latents.
+
+        Args:
+            codes: LongTensor [B, n, D], those that follow what `cache` holds.
+            documents: LongTensor [B, n], 0 at padding.
+            cache: extended in place.
+
+        Returns:
+            LongTensor [B, n * K].
+        """
+        return self.decoder(self.quantizer.embed(codes), documents, cache=cache).argmax(-1)
+
     def _documents(
         self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
     ) -> Tensor:
-        if input_ids.shape[1] % self.config.compression_factor:
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens are not a whole number of chunks of "
-                f"{self.config.compression_factor}; pad them (on the left for a prompt)"
-            )
-        if document_ids is not None:
-            return document_ids
-        if attention_mask is not None:
-            return attention_mask.long()
-        return torch.ones_like(input_ids)
+        return token_documents(input_ids, attention_mask, document_ids, self.config.compression_factor)

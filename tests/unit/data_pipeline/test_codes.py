@@ -192,3 +192,75 @@ def test_large_codebooks_take_32_bits(built: Path, tmp_path: Path) -> None:
         )
     finish_codes(tmp_path, built, codec_hash=CODEC, splits=["test"])
     assert CodeDataset(tokens, tmp_path).read([0])["codes"][0, 0].tolist() == [99_999, 0]
+
+
+# Latents beside the codes --------------------------------------------------------------------------------
+
+
+def latents_of(samples: range) -> NDArray[np.float32]:
+    """[n, 8, 3] numbers that fp16 holds exactly."""
+    numbers = np.array(samples, dtype=np.float32)[:, None, None]
+    return (
+        (numbers % 64) / 4
+        - np.arange(8, dtype=np.float32)[None, :, None]
+        + np.arange(3, dtype=np.float32) / 8
+    )
+
+
+def write_with_latents(directory: Path, tokens: TokenDataset, shard: int, latents: object) -> None:
+    write_code_shard(
+        directory,
+        tokens.split,
+        shard,
+        codes_of(tokens.shard_range(shard)),
+        token_dataset=tokens,
+        codec_hash=CODEC,
+        compression_factor=4,
+        codebook_sizes=SIZES,
+        latents=latents,
+    )
+
+
+def test_latents_are_kept_beside_the_codes(built: Path, codes: Path, tmp_path: Path) -> None:
+    tokens = TokenDataset(built, "train")
+    for shard in range(len(tokens.shards)):
+        write_with_latents(tmp_path, tokens, shard, latents_of(tokens.shard_range(shard)))
+        for wanted in (False, True):
+            assert code_shard_is_done(
+                tmp_path,
+                "train",
+                shard,
+                token_fingerprint=tokens.fingerprint,
+                codec_hash=CODEC,
+                with_latents=wanted,
+            )
+    finish_codes(tmp_path, built, codec_hash=CODEC, splits=("train",))
+    indices = [len(tokens) - 1, 0, 205]
+    batch = CodeDataset(tokens, tmp_path, with_latents=True).read(indices)
+    assert batch["latents"].dtype == torch.float32
+    assert (
+        batch["latents"].tolist() == np.concatenate([latents_of(range(i, i + 1)) for i in indices]).tolist()
+    )
+    plain = CodeDataset(tokens, tmp_path).read(indices)
+    assert "latents" not in plain
+    assert torch.equal(plain["codes"], CodeDataset(tokens, codes).read(indices)["codes"])
+
+
+def test_latents_that_are_not_there_are_a_clear_error(built: Path, codes: Path) -> None:
+    tokens = TokenDataset(built, "train")
+    with pytest.raises(NotADatasetError, match=r"codes without their latents.*--latents"):
+        CodeDataset(tokens, codes, with_latents=True)
+    assert not code_shard_is_done(
+        codes, "train", 0, token_fingerprint=tokens.fingerprint, codec_hash=CODEC, with_latents=True
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])
+def test_latents_that_do_not_fit_are_refused(built: Path, tmp_path: Path, value: float) -> None:
+    tokens = TokenDataset(built, "train")
+    latents = latents_of(tokens.shard_range(0))
+    with pytest.raises(ValueError, match="have shape"):
+        write_with_latents(tmp_path, tokens, 0, latents[:, :4])
+    latents[3, 2, 1] = value
+    with pytest.raises(ValueError, match="do not fit fp16"):
+        write_with_latents(tmp_path, tokens, 0, latents)

@@ -130,6 +130,22 @@ def test_mistakes_across_fields_are_reported_beside_misspelt_keys(tmp_path: Path
         (["train.offload_param=cpu", "train.zero_stage=2"], "train.offload_param: cpu needs zero_stage 3"),
         (["train.offload_optimizer=nvme"], "train.nvme_path: missing"),
         (["name=a/b"], "name: "),
+        (["latent_model.match=compute"], "latent_model: match: only a flat_transformer is matched"),
+        (
+            ["latent_model.model=flat_transformer", "latent_model.spatial_input=tokens"],
+            "latent_model: spatial_input: a flat_transformer reads codes only",
+        ),
+        (
+            ["latent_model.head=shared", "codec.codebook_size=[8, 8, 8, 8, 8, 8, 8, 4]"],
+            "latent_model.head: shared needs codebooks of one size",
+        ),
+        (
+            [
+                f"latent_model.spatial_backbone.architecture={CONFIGS}/backbones/tiny.yaml",
+                "latent_model.spatial_layers=7",
+            ],
+            "latent_model: spatial_layers (7) must be the spatial_backbone's num_hidden_layers (2)",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -186,6 +202,24 @@ def test_architecture_path_is_relative_to_the_naming_file_or_the_working_directo
     monkeypatch.chdir(CONFIGS)
     larger = load_config(child, overrides=["codec.backbone.architecture=backbones/small.yaml"])
     assert larger.codec.backbone.architecture.hidden_size == 384
+
+
+def test_the_spatial_backbone_may_be_named_by_a_path_too(tmp_path: Path) -> None:
+    latent_model = {
+        "spatial_dim": 256,
+        "spatial_layers": 2,
+        "spatial_backbone": {"architecture": str(CONFIGS / "backbones/tiny.yaml"), "pretrained": "some/lm"},
+    }
+    config = load_config(write(tmp_path, latent_model=latent_model))
+    assert config.latent_model.spatial_backbone is not None
+    assert config.latent_model.spatial_backbone.architecture == config.codec.backbone.architecture
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml").latent_model == config.latent_model
+    given = [f"latent_model.spatial_backbone.architecture={CONFIGS / 'backbones/small.yaml'}"]
+    size = ["latent_model.spatial_dim=384", "latent_model.spatial_layers=4"]
+    larger = load_config(write(tmp_path, latent_model=latent_model), overrides=[*given, *size])
+    assert larger.latent_model.spatial_backbone is not None
+    assert larger.latent_model.spatial_backbone.architecture.hidden_size == 384
 
 
 def test_batch_arithmetic() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from launch import memory
 from launch.config import TrainConfig
 from launch.engine import checkpoint_activations
-from rqvae import RQVAE, RQTransformer
+from rqvae import RQVAE, FlatTransformer, RQTransformer
 from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig
 
 LENGTH = 64
@@ -100,7 +100,10 @@ def test_recomputation_keeps_less_and_changes_nothing(is_trained: bool) -> None:
     assert kept[1] < kept[0] / 2
 
 
-def test_activations_of_the_latent_model() -> None:
+@pytest.mark.parametrize("model_class", [RQTransformer, FlatTransformer])
+def test_activations_of_the_latent_model(
+    model_class: type[RQTransformer] | type[FlatTransformer],
+) -> None:
     config = RQTransformerConfig(
         spatial_dim=64,
         spatial_layers=3,
@@ -111,10 +114,10 @@ def test_activations_of_the_latent_model() -> None:
         codebook_levels=4,
         codebook_size=16,
     )
-    model = RQTransformer(config)
+    model = model_class(config)
     codes = torch.randint(16, (2, LENGTH // 4, 4))
     measured = kept_bytes(model, lambda: model(codes))
-    expected = 2 * LENGTH * memory.rq_transformer(config, LENGTH, 4, recompute=False)
+    expected = 2 * LENGTH * memory.latent_model(model_class.__name__, config, LENGTH, 4, recompute=False)
     assert expected == pytest.approx(measured, rel=0.15)
 
 

@@ -56,7 +56,7 @@ def test_every_option_trains_is_deterministic_and_survives_saving(
     documents[:, 0] = 0  # a place without a token, so that the vector for it learns too
     results = []
     for _ in range(2):
-        codec = make_codec(**changes).train()
+        codec = make_codec(torch.float32, **changes).train()
         # Random weights of unit gain are far from every minimum: steps of the gradient's sign go down.
         optimizer = torch.optim.Adam(codec.parameters(), lr=3e-3)
         losses = []
@@ -74,7 +74,7 @@ def test_every_option_trains_is_deterministic_and_survives_saving(
     assert results[0] == results[1]
     assert min(losses[-3:]) < 0.9 * losses[0]
     codec.eval().save_pretrained(tmp_path)
-    loaded = RQVAE.from_pretrained(tmp_path).double()
+    loaded = RQVAE.from_pretrained(tmp_path)
     codes = codec.encode(ids)
     assert torch.equal(loaded.encode(ids), codes)
     torch.testing.assert_close(loaded.decode(codes), codec.decode(codes))
@@ -207,9 +207,9 @@ def test_residual_fsq_takes_the_nearest_grid_point_and_gets_finer() -> None:
         brute = torch.cdist(residual, level.codebook).argmin(1)
         assert torch.equal(out.codes.flatten(0, 1)[:, index], brute)
         residual = residual - level.codebook[brute]
-        assert (residual.abs() <= level.scale / (level.sizes - 1) + 1e-12).all()
+        assert (residual.abs() <= level.scale / level.sizes + 1e-6).all()
     assert out.commitment_loss == 0
-    assert (out.distortion[1:] < 0.5 * out.distortion[:-1]).all()
+    assert (out.distortion[1:] < 0.3 * out.distortion[:-1]).all()
 
 
 def test_fsq_learns_nothing_and_counts_usage() -> None:
@@ -277,7 +277,7 @@ def test_sampled_codes_follow_the_soft_assignment_level_by_level() -> None:
     distances = (latents[0, :1] - first.codebook).square().sum(1)
     expected = (-distances / first.ema_distortion).softmax(0)
     torch.testing.assert_close(targets[0][0, 0], expected)
-    counts = torch.bincount(codes[0, :, 0], minlength=8) / draws
+    counts = torch.bincount(codes[0, :, 0], minlength=8).double() / draws
     torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
     assert (counts > 0.02).sum() >= 2
     # The second level works on what the drawn first code left over.
@@ -326,8 +326,10 @@ def test_reference_resampling_overlaps_and_keeps_the_shapes(
     assert codec.decode(codes).shape == (1, 8 * factor, 97)
     later = ids.clone()
     later[0, -1] = 2 + (ids[0, -1] - 1) % 95
-    # The future shows in earlier codes, which is why nothing is generated with them.
-    assert not torch.equal(codec.encode(later)[:, :-1], codes[:, :-1])
+    # The future shows in earlier latents, which is why nothing is generated with them.
+    with torch.no_grad():
+        latents = [codec.encoder(x, torch.ones_like(x)) for x in (ids, later)]
+    assert not torch.equal(latents[0][:, 0], latents[1][:, 0])
 
 
 def test_reference_resampling_keeps_refinement_inside_the_document(

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from rqvae import RQTransformerConfig, RQVAEConfig
-from rqvae.config import ArchitectureConfig
+from rqvae.config import ArchitectureConfig, LatentModelConfig
 
 
 def test_reading_a_configuration_does_not_import_torch() -> None:
@@ -57,10 +57,47 @@ def test_an_impossible_architecture_is_refused(make_architecture: Callable[..., 
         ({"spatial_dim": 40}, "spatial_dim .40. must be a multiple of head_dim"),
         ({"depth_dim": 40}, "depth_dim .40. must be a multiple of head_dim"),
         ({"codebook_size": (8, 8)}, "lists 2 sizes for codebook_levels=3"),
+        ({"codebook_size": (16, 8, 8), "head": "shared"}, "head: shared needs codebooks of one size"),
+        ({"spatial_input": "tokens"}, "spatial_input: tokens needs vocab_size"),
+        ({"spatial_input": "both"}, "spatial_input: both needs vocab_size"),
+        ({"spatial_dim": 64}, "spatial_dim .64. must be the spatial_backbone's hidden_size .32."),
+        ({"spatial_layers": 3}, "spatial_layers .3. must be the spatial_backbone's num_hidden_layers .2."),
+        ({"spatial_input": "tokens", "vocab_size": 50}, "vocab_size .97. must be the codec's .50."),
     ],
 )
-def test_an_impossible_latent_model_is_refused(changes: dict[str, Any], message: str) -> None:
-    values = {"compression_factor": 4, "codebook_levels": 3, "codebook_size": 16, "head_dim": 16}
+def test_an_impossible_latent_model_is_refused(
+    make_architecture: Callable[..., ArchitectureConfig], changes: dict[str, Any], message: str
+) -> None:
+    values: dict[str, Any] = {
+        "compression_factor": 4,
+        "codebook_levels": 3,
+        "codebook_size": 16,
+        "head_dim": 16,
+    }
+    if "spatial_backbone" in message or "codec's" in message:
+        values |= {"spatial_dim": 32, "spatial_layers": 2}
+        values["spatial_backbone"] = {"architecture": make_architecture()}
     RQTransformerConfig.model_validate(values)
     with pytest.raises(ValidationError, match=message):
         RQTransformerConfig.model_validate(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"match": "parameters"}, "match: only a flat_transformer is matched"),
+        ({"model": "flat_transformer", "spatial_input": "both"}, "a flat_transformer reads codes only"),
+        ({"model": "flat_transformer", "spatial_backbone": {}}, "layers of its own only"),
+    ],
+)
+def test_options_that_only_one_kind_of_latent_model_has(
+    make_architecture: Callable[..., ArchitectureConfig], changes: dict[str, Any], message: str
+) -> None:
+    if "spatial_backbone" in changes:
+        changes |= {
+            "spatial_dim": 32,
+            "spatial_layers": 2,
+            "spatial_backbone": {"architecture": make_architecture()},
+        }
+    with pytest.raises(ValidationError, match=message):
+        LatentModelConfig.model_validate(changes)

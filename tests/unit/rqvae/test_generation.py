@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rqvae import RQVAE, LatentGenerator, RQTransformer
+from rqvae import RQVAE, FlatTransformer, LatentGenerator, LatentModel, RQTransformer
 from rqvae import generation as module
 from rqvae.generation import sample
 
@@ -22,14 +22,32 @@ FACTOR, LEVELS = 4, 3
 LENGTHS = [0, 1, FACTOR - 1, FACTOR, FACTOR + 1, 8 * FACTOR + 1]
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=str)
+TOKENS = {"spatial_input": "tokens", "vocab_size": 97}
+VARIANTS: dict[str, tuple[torch.dtype, type[LatentModel], dict[str, Any]]] = {
+    "fp64": (torch.float64, RQTransformer, {}),
+    "fp32": (torch.float32, RQTransformer, {}),
+    "flat": (torch.float64, FlatTransformer, {}),
+    "tokens": (torch.float64, RQTransformer, TOKENS),
+    "both, on a backbone": (
+        torch.float64,
+        RQTransformer,
+        {**TOKENS, "spatial_input": "both", "spatial_backbone": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def generator(
     request: pytest.FixtureRequest,
     make_codec: Make,
     make_latent_model: Make,
+    make_architecture: Make,
     tokenizer: PreTrainedTokenizerFast,
 ) -> LatentGenerator:
-    return LatentGenerator(make_codec(request.param), make_latent_model(dtype=request.param), tokenizer)
+    dtype, model_class, changes = VARIANTS[request.param]
+    if "spatial_backbone" in changes:
+        changes = changes | {"spatial_backbone": {"architecture": make_architecture()}}
+    return LatentGenerator(make_codec(dtype), make_latent_model(model_class, dtype, **changes), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +57,7 @@ def prompts(tokens: Make) -> list[list[int]]:
 
 @torch.no_grad()
 def reference(
-    codec: RQVAE, latent_model: RQTransformer, prompt: list[int], num_latents: int
+    codec: RQVAE, latent_model: LatentModel, prompt: list[int], num_latents: int
 ) -> tuple[Tensor, Tensor]:
     """Greedy codes [S, D] and all their tokens [S * K], everything computed anew for every code."""
     padding = -len(prompt) % FACTOR
@@ -49,9 +67,13 @@ def reference(
     num_prompt = codes.shape[1]
     for _ in range(num_latents):
         codes = torch.cat([codes, torch.zeros(1, 1, LEVELS, dtype=torch.long)], dim=1)
+        is_token = torch.cat([mask, torch.ones(1, codes.shape[1] * FACTOR - mask.shape[1])], dim=1).long()
+        text = None
+        if latent_model.config.reads_tokens:
+            text = torch.cat([ids, codec.decode(codes).argmax(-1)[:, ids.shape[1] :]], dim=1)
         for level in range(LEVELS):
-            logits = latent_model(codes, return_logits=True).logits[level]
-            codes[0, -1, level] = logits[0, -1].argmax()
+            out = latent_model(codes, text, token_document_ids=is_token, return_logits=True)
+            codes[0, -1, level] = out.logits[level][0, -1].argmax()
     return codes[0, num_prompt:], codec.decode(codes).argmax(-1)[0, num_prompt * FACTOR :]
 
 
@@ -82,7 +104,10 @@ def test_greedy_codes_are_the_most_likely_under_teacher_forcing(
     out = generator.generate_tokens([prompt], 10 * FACTOR, stop_at_end_of_text=False)
     prompt_codes = generator.vae.encode(torch.tensor([prompt]))
     all_codes = torch.cat([prompt_codes, out.codes], dim=1)
-    scored = generator.rq_transformer(all_codes)
+    text = torch.tensor([prompt + out.token_ids[0]])
+    scored = generator.rq_transformer(
+        all_codes, text if generator.rq_transformer.config.reads_tokens else None
+    )
     assert scored.correct[:, prompt_codes.shape[1] :].all()
 
 
@@ -142,8 +167,9 @@ def test_generation_stops_when_every_text_has_ended(
     end_at(monkeypatch, generator, end)
     first = full.token_ids[0].index(end)
     out = generator.generate_tokens([prompt], 64)
-    blocks = first // FACTOR // 2 + 1
-    assert out.codes.shape[1] == 2 * blocks < 16
+    block = 1 if generator.rq_transformer.config.reads_tokens else 2
+    blocks = first // FACTOR // block + 1
+    assert out.codes.shape[1] == block * blocks < 16
     assert out.token_ids[0] == full.token_ids[0][:first]
     # An end of text in the prompt ends nothing.
     again = generator.generate_tokens([[*prompt, end, prompt[0], prompt[1], prompt[2]]], 4)

@@ -38,10 +38,13 @@ def test_the_terms_are_those_of_the_two_models(
     assert not bound.token_nats.requires_grad
 
 
+@pytest.mark.parametrize("spatial_input", ["codes", "tokens", "both"])
 def test_packing_changes_no_document_s_likelihood(
-    make_codec: Make, make_latent_model: Make, packed: Any
+    make_codec: Make, make_latent_model: Make, packed: Any, spatial_input: str
 ) -> None:
-    codec, latent_model = make_codec(), make_latent_model()
+    vocabulary = None if spatial_input == "codes" else 97
+    codec = make_codec()
+    latent_model = make_latent_model(spatial_input=spatial_input, vocab_size=vocabulary)
     whole = latent_bound(codec, latent_model, *packed)
     for row in range(2):
         for number in range(1, int(packed.document_ids[row].max()) + 1):

@@ -1,0 +1,182 @@
+"""From a codec to what the latent model is trained on: nearest codes, stochastic codes, tokens as codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline import CodeDataset, TokenDataset
+from launch import precompute_codes
+from launch.config import RunConfig, load_config
+from launch.paths import codes_directory, model_directory
+from launch.tasks import RQTransformerTask
+from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
+from tests.integration.conftest import NANO, run
+
+
+@pytest.fixture(scope="module")
+def project(nano_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a project with a codec, untrained but with codebooks of its own latents, and its codes."""
+    overrides = [
+        *nano_data,
+        f"run_root={tmp_path_factory.mktemp('codes')}",
+        "tracking.wandb=disabled",
+        "codec.quantizer.code_temperature=2.0",
+    ]
+    config = load_config(NANO, overrides=overrides)
+    torch.manual_seed(0)
+    codec = RQVAE(config.codec).eval()
+    batch = TokenDataset(config.data.directory, "train").read(range(32))
+    with torch.no_grad():
+        latents = codec.encoder(batch["input_ids"], batch["document_ids"])
+    codec.quantizer.initialize(latents[(batch["document_ids"].view(32, -1, 4) > 0).any(-1)], seed=0)
+    directory = model_directory(config) / "rqvae"
+    codec.save_pretrained(directory)
+    command = ["--config", str(NANO), "--checkpoint", str(directory), "--latents", *overrides]
+    assert precompute_codes.main(command) == 0
+    return overrides
+
+
+def stochastic(overrides: list[str]) -> RunConfig:
+    return load_config(
+        NANO, stage="rq_transformer", overrides=[*overrides, "stages.rq_transformer.stochastic_codes=true"]
+    )
+
+
+def test_codes_and_latents_on_disk_are_those_of_the_codec(project: list[str]) -> None:
+    config = stochastic(project)
+    codec = load_codec(model_directory(config) / "rqvae")
+    assert isinstance(codec, RQVAE)
+    task = RQTransformerTask(config)
+    dataset = task.dataset("train")
+    batch = dataset.read([0, 7, len(dataset) - 1])
+    assert torch.equal(batch["codes"], codec.encode(batch["input_ids"], document_ids=batch["document_ids"]))
+    with torch.no_grad():
+        latents = codec.encoder(batch["input_ids"], batch["document_ids"])
+    torch.testing.assert_close(batch["latents"], latents, rtol=1e-3, atol=1e-4)
+    quantizer = ResidualQuantizer.from_pretrained(codes_directory(config) / "quantizer")
+    for level, expected in zip(quantizer.levels, codec.quantizer.levels, strict=True):
+        assert torch.equal(level.codebook, expected.codebook)
+        assert torch.equal(level.ema_distortion, expected.ema_distortion)
+
+
+def test_stochastic_codes_are_drawn_by_step_and_sample(project: list[str]) -> None:
+    config = stochastic(project)
+    task = RQTransformerTask(config)
+    torch.manual_seed(0)
+    model = task.create_model().train()
+    batch = task.dataset("train").read(range(8))
+    codes, targets = task._codes(model, batch, step=3)
+    assert targets is not None
+    part, _ = task._codes(model, {name: value[5:] for name, value in batch.items()}, step=3)
+    assert torch.equal(part, codes[5:])
+    other, _ = task._codes(model, batch, step=4)
+    differing = (codes[..., 0] != batch["codes"][..., 0]).float().mean()
+    assert 0.02 < differing < 0.98
+    assert not torch.equal(other, codes)
+    for level, shares in enumerate(targets):
+        assert shares.shape == (*codes.shape[:2], config.codec.codebook_sizes[level])
+        torch.testing.assert_close(shares.sum(-1), torch.ones(codes.shape[:2]))
+    # Lee 2022: the soft targets are what is learnt; the reported nats are those of the codes.
+    out = task.forward(model, batch, torch.tensor(100.0), step=3)
+    again = model(codes, token_document_ids=batch["document_ids"], num_tokens=torch.tensor(100.0))
+    assert float(out.sums["level_nats"].sum()) == pytest.approx(float(again.nats.sum()), rel=1e-5)
+    assert float(out.loss) != pytest.approx(float(again.loss), rel=1e-6)
+    # Validation scores the codes themselves.
+    kept, nothing = task._codes(model.eval(), batch, step=3)
+    assert nothing is None
+    assert torch.equal(kept, batch["codes"])
+
+
+def test_stochastic_codes_need_latents(project: list[str], tmp_path: Path) -> None:
+    directory = model_directory(load_config(NANO, overrides=project)) / "rqvae"
+    overrides = [*project, f"run_root={tmp_path}"]
+    assert precompute_codes.main(["--config", str(NANO), "--checkpoint", str(directory), *overrides]) == 0
+    with pytest.raises(ValueError, match="holds codes without their latents"):
+        RQTransformerTask(stochastic(overrides)).dataset("train")
+
+
+IDENTITY = ["codec.kind=identity", "codec.codebook_levels=4"]
+
+
+def identity(overrides: list[str], run_root: Path) -> list[str]:
+    """Overrides that turn the project's configuration into the identity codec's."""
+    config = load_config(NANO, overrides=overrides)
+    size = config.codec.backbone.architecture.vocab_size + 1
+    return [*overrides, f"run_root={run_root}", *IDENTITY, f"codec.codebook_size={size}"]
+
+
+def test_the_identity_codec_is_made_on_the_spot(
+    project: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = identity(project, tmp_path)
+    config = load_config(NANO, overrides=overrides)
+    assert precompute_codes.main(["--config", str(NANO), *overrides]) == 0
+    assert isinstance(load_codec(model_directory(config) / "rqvae"), IdentityCodec)
+    tokens = TokenDataset(config.data.directory, "train")
+    batch = CodeDataset(tokens, codes_directory(config)).read(range(4))
+    real = batch["document_ids"] > 0
+    assert torch.equal(batch["codes"].flatten(1)[real], batch["input_ids"][real])
+    capsys.readouterr()
+    for wrong, message in (
+        (["--checkpoint", str(tmp_path)], "the identity codec has none"),
+        (["--latents"], "the identity codec has no latents"),
+    ):
+        assert precompute_codes.main(["--config", str(NANO), *wrong, *overrides]) == 2
+        assert message in capsys.readouterr().err
+    assert precompute_codes.main(["--config", str(NANO), *project]) == 2
+    assert "the model directory of the codec is needed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["stages.rq_transformer.stochastic_codes=true"],
+        ["latent_model.model=flat_transformer", "latent_model.match=parameters"],
+        ["latent_model.head=shared", "latent_model.spatial_input=both"],
+        IDENTITY,
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_variants_train_and_are_evaluated(project: list[str], tmp_path: Path, settings: list[str]) -> None:
+    base = load_config(NANO, overrides=project)
+    codec = ["--checkpoint", str(model_directory(base) / "rqvae")]
+    if settings is IDENTITY:
+        overrides, extra = identity(project, tmp_path), []
+    else:
+        overrides, extra = [*project, f"run_root={tmp_path}", *settings], [*codec, "--latents"]
+    config = load_config(NANO, overrides=overrides)
+    if settings is not IDENTITY:
+        load_codec(model_directory(base) / "rqvae").save_pretrained(model_directory(config) / "rqvae")
+    python, with_config = sys.executable, ["--config", str(NANO)]
+    stage = ["--stage", "rq_transformer"]
+    run_directory = str(model_directory(config).parent / "rq_transformer")
+    exported = str(model_directory(config) / "rq_transformer")
+    commands = [
+        [python, "launch/precompute_codes.py", *with_config, *extra, *overrides],
+        [python, "launch/train.py", *with_config, *stage, *overrides],
+        [python, "launch/convert_checkpoint.py", run_directory, exported, "--to", "safetensors"],
+        [
+            *[python, "launch/eval.py", "--model", str(model_directory(config))],
+            *["--data", config.data.directory, *with_config, *overrides],
+        ],
+        [python, "launch/generate.py", "--model", str(model_directory(config)), "--prompt", "The river"],
+    ]
+    for command in commands:
+        result = run(command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads((model_directory(config).parent / "report.json").read_text())
+    bits = report["bits_per_byte"]
+    assert 0 < bits["latent_bound"] < 20
+    assert "base_lm" not in bits
+    if settings is IDENTITY:
+        assert bits["latent_reconstruction"] == 0
+        assert report["reconstruction"]["token_accuracy"] == 1
+        # 20 steps are enough to beat guessing, and nothing is added by the codec.
+        assert bits["latent_bound"] < bits["uniform"] * 1.1
