@@ -4,6 +4,10 @@
 
 SRC is a run directory (its newest complete checkpoint is taken) or one checkpoint in it. The result loads with
 `from_pretrained`; a base LM becomes a plain Hugging Face directory. The tokenizer is written beside it.
+
+    python launch/convert_checkpoint.py MODEL.gguf runs/pretrained/NAME --to huggingface
+
+makes a Hugging Face directory, weights in fp32 and tokenizer, of a GGUF file of a Llama or Qwen3 model.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from data_pipeline import load_tokenizer
 from launch import checkpoints, tasks
 from launch.config import load_config
+from rqvae.backbone import BaseLM, load_pretrained
+from rqvae.gguf_file import GGUFModel
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,12 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="run directory or checkpoint")
+    parser.add_argument("source", type=Path, metavar="SRC", help="run directory, checkpoint or GGUF file")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
-    parser.add_argument("--to", required=True, choices=["safetensors"], help="format of the result")
+    parser.add_argument(
+        "--to", required=True, choices=["safetensors", "huggingface"], help="format of the result"
+    )
     args = parser.parse_args(arguments)
     try:
-        to_safetensors(args.source, args.destination)
+        {"safetensors": to_safetensors, "huggingface": to_huggingface}[args.to](args.source, args.destination)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,8 +55,7 @@ def to_safetensors(source: Path, destination: Path) -> None:
         ValueError: no complete checkpoint, or the destination exists with other content.
     """
     run_directory, checkpoint = locate(source)
-    if destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"'{destination}' is not empty; remove it or choose another directory")
+    refuse_filled(destination)
     config = load_config(run_directory / "config.yaml")
     task = tasks.TASKS[config.stage](config)  # type: ignore[index]
     model = task.create_model()
@@ -58,6 +66,42 @@ def to_safetensors(source: Path, destination: Path) -> None:
     verify(model, task.load_model(partial))
     partial.replace(destination)
     load_tokenizer(config.data.directory).save_pretrained(destination.parent / "tokenizer")
+
+
+def to_huggingface(source: Path, destination: Path) -> None:
+    """Write weights and tokenizer of a GGUF file in Hugging Face layout.
+
+    Raises:
+        ValueError: it is no such file, something in it does not fit, or the destination is not empty.
+    """
+    if source.suffix != ".gguf":
+        raise ValueError(
+            f"--to huggingface converts a *.gguf file, which '{source}' is not; use --to safetensors"
+        )
+    refuse_filled(destination)
+    gguf = GGUFModel(source)
+    model = BaseLM(gguf.architecture, eos_token_id=0)
+    load_pretrained(str(source), model.lm.model, model.lm.lm_head)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers takes one special token for another here.
+    for name, token in gguf.special_tokens().items():
+        setattr(tokenizer, name, token)
+    if tokenizer.get_vocab() != {token: index for index, token in enumerate(gguf.tokens())}:
+        raise ValueError(
+            f"transformers rebuilds the tokenizer of '{source}' with other ids than are in the file"
+        )
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    verify(model, BaseLM.from_pretrained(partial, eos_token_id=0))
+    tokenizer.save_pretrained(partial)
+    partial.replace(destination)
+
+
+def refuse_filled(destination: Path) -> None:
+    """Never write over anything."""
+    if destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"'{destination}' is not empty; remove it or choose another directory")
 
 
 def locate(source: Path) -> tuple[Path, checkpoints.Checkpoint]:

@@ -58,6 +58,10 @@ def stop_process_group() -> None:
     """Leave together, so that no rank tears the connection down under another."""
     dist.barrier()
     dist.destroy_process_group()
+    # DeepSpeed's collectives on a CPU leave their buffer behind: 66 MiB of memory per rank and port, for good.
+    names = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")]
+    shared = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *names])
+    Path("/dev/shm", shared).unlink(missing_ok=True)  # noqa: S108
 
 
 def multiplies_bf16() -> bool:

@@ -1,8 +1,8 @@
 """Floating-point operations, counted analytically: 2 per multiply-add of matrix products and attention.
 
 Norms, activations and embeddings look-ups are left out, as is usual (Kaplan 2020, table 1). Training counts 3
-times the forward pass: the backward pass forms two products for every one. A frozen layer counts 2 times: it
-passes gradients on but forms none for its weights.
+times the forward pass: the backward pass forms two products for every one. The weights of a frozen layer count 2
+times if it passes gradients on, and once if nothing below it learns.
 
 Also the parameters of the latent models, to match one kind with the other. Free of torch.
 """
@@ -20,7 +20,13 @@ def backbone(architecture: ArchitectureConfig, context: float) -> float:
     heads, kv = architecture.num_attention_heads, architecture.num_key_value_heads
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
     weights = hidden * head_dim * (2 * heads + 2 * kv) + 3 * hidden * architecture.intermediate_size
-    return architecture.num_hidden_layers * (2 * weights + 4 * context * heads * head_dim)
+    return architecture.num_hidden_layers * 2 * weights + attention(architecture, context)
+
+
+def attention(architecture: ArchitectureConfig, context: float) -> float:
+    """The part of `backbone` that has no weights: scores and weighted sums."""
+    width = architecture.num_attention_heads * architecture.head_dim
+    return architecture.num_hidden_layers * 4 * context * width
 
 
 def head(architecture: ArchitectureConfig) -> float:
@@ -36,48 +42,47 @@ def block(dim: int, num_layers: int, mlp_ratio: float, context: float) -> float:
 
 @dataclass(frozen=True)
 class CodecFlops:
-    """Forward FLOPs of the codec per token."""
+    """FLOPs of the codec per token."""
 
-    backbones: float
-    """Both backbones and the head: what the warm-up freezes."""
-    new_layers: float
-    decode: float
-    """Decoder alone."""
     encode: float
-
-    @property
-    def train_frozen(self) -> float:
-        """Training FLOPs per token while the backbones are frozen."""
-        return 2 * self.backbones + 3 * self.new_layers
-
-    @property
-    def train_full(self) -> float:
-        """Training FLOPs per token of full training."""
-        return 3 * (self.backbones + self.new_layers)
+    """Forward pass of the encoder, the search in the codebooks included."""
+    decode: float
+    """Forward pass of the decoder."""
+    train_frozen: float
+    """Training while the pretrained backbones are frozen."""
+    train_full: float
+    """Training of everything."""
 
 
 def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     """FLOPs of the codec on samples of `sample_length` tokens (causal: half of them are seen on average)."""
     if config.kind == "identity":
-        return CodecFlops(backbones=0.0, new_layers=0.0, decode=0.0, encode=0.0)
+        return CodecFlops(encode=0.0, decode=0.0, train_frozen=0.0, train_full=0.0)
     architecture, factor = config.backbone.architecture, config.compression_factor
     # Masks that keep documents or chunks apart save nothing: what they hide is computed.
     encoder_backbone = backbone(architecture, sample_length / 2)
     decoder_backbone = 0.0 if config.backbone.decoder == "none" else encoder_backbone
+    output = head(architecture)
     refinement = (
         block(config.latent_dim, config.num_latent_layers, 8 / 3, sample_length / factor / 2) / factor
     )
     projection = 2 * config.latent_dim * config.codebook_dim / factor
     search = 2 * config.codebook_dim * sum(config.codebook_sizes) / factor
     down, up = resampling(config)
-    encoder_side, decoder_side = down + refinement + projection + search, up + refinement + projection
-    pretrained = encoder_backbone
+    encoder_side, decoder_side = down + refinement + projection, up + refinement + projection
+    new = 3 * (encoder_side + decoder_side) + search
+    # Nothing learns below the encoder's frozen backbone unless the mask token does: no backward pass through it.
+    pass_on = 2 * encoder_backbone + attention(architecture, sample_length / 2)
+    frozen = pass_on if config.token_dropout else encoder_backbone
     if config.backbone.decoder == "same":
-        pretrained += decoder_backbone + head(architecture)
-    encode = encoder_backbone + encoder_side
-    decode = decoder_backbone + decoder_side + head(architecture)
+        frozen += pass_on + 2 * output
+    else:
+        frozen += 3 * (decoder_backbone + output)
     return CodecFlops(
-        backbones=pretrained, new_layers=encode + decode - pretrained, encode=encode, decode=decode
+        encode=encoder_backbone + encoder_side + search,
+        decode=decoder_backbone + decoder_side + output,
+        train_frozen=frozen + new,
+        train_full=3 * (encoder_backbone + decoder_backbone + output) + new,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline import CodeDataset, TokenDataset
+from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
@@ -54,6 +55,13 @@ class Task(ABC):
     @abstractmethod
     def dataset(self, split: str) -> TokenDataset | CodeDataset:
         """The data of a split."""
+
+    def check_data(self, dataset: TokenDataset | CodeDataset) -> None:
+        """Refuse data that do not belong to the model, before it is built.
+
+        Raises:
+            ValueError: says what does not fit and what to do.
+        """
 
     def notes(self) -> list[str]:
         """Lines to be said at the start of training."""
@@ -121,6 +129,9 @@ class BaseLMTask(Task):
     def dataset(self, split: str) -> TokenDataset:
         return TokenDataset(self.config.data.directory, split)
 
+    def check_data(self, dataset: TokenDataset) -> None:  # type: ignore[override]
+        check_vocabulary(dataset, self.config.codec.backbone.architecture)
+
     def create_model(self) -> BaseLM:
         return BaseLM(self.config.codec.backbone.architecture, self.dataset("train").eos_token_id)
 
@@ -140,6 +151,12 @@ class RQVAETask(Task):
 
     def dataset(self, split: str) -> TokenDataset:
         return TokenDataset(self.config.data.directory, split)
+
+    def check_data(self, dataset: TokenDataset) -> None:  # type: ignore[override]
+        backbone = self.config.codec.backbone
+        check_vocabulary(dataset, backbone.architecture)
+        if backbone.pretrained is not None:
+            check_tokenizer(dataset.directory, backbone.pretrained)
 
     def create_model(self) -> RQVAE:
         return RQVAE(self.config.codec)

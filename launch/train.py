@@ -70,6 +70,8 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     resumed = checkpoints.newest(directory / "checkpoints")
     dataset = task.dataset("train")
     checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
+    if resumed is None:
+        task.check_data(dataset)
     environment: dict[str, Any] = {}
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)

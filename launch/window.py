@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -17,6 +18,17 @@ def joined(tensor: Tensor) -> Tensor:
     """Sum over ranks."""
     dist.all_reduce(tensor)
     return tensor
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that any rank has taken so far: allocated on its GPU, or resident in its process on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / (1 << 30)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    largest = torch.tensor(peak, device=device, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 class Window:
@@ -41,12 +53,16 @@ class Window:
         return result
 
     def close(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Joint sums and this rank's times; the next window begins."""
+        """Joint sums, this rank's times and the largest peak memory of any rank; the next window begins."""
         flat = joined(torch.cat([value.flatten() for value in self._sums.values()]))
         pieces = flat.split([value.numel() for value in self._sums.values()])
         named = zip(self._sums.items(), pieces, strict=True)
         sums = {name: piece.view_as(old).cpu() for (name, old), piece in named}
-        times = {**self._times, "window_s": time.perf_counter() - self._start}
+        times = {
+            **self._times,
+            "window_s": time.perf_counter() - self._start,
+            "peak_memory_gib": peak_memory_gib(self._device),
+        }
         self._sums = {}
         self.skip_time()
         return sums, times

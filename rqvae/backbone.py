@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from rqvae.config import ArchitectureConfig
+from rqvae.gguf_file import GGUFModel
 from rqvae.layers import LinearHead, causal_document_mask, positions_in_documents
 
 
@@ -59,50 +61,125 @@ def run_backbone(backbone: nn.Module, embeddings: Tensor, document_ids: Tensor) 
     ).last_hidden_state
 
 
-def pretrained_tensors(source: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights of a causal LM in Hugging Face layout, one tensor at a time, named as in its backbone.
-
-    `model.` is stripped, so that names are those of the model without head; the head is `lm_head.weight`.
+class PretrainedLM:
+    """A causal LM to initialise from.
 
     Args:
-        source: a directory, or a hub id (then fetched or taken from the hub's cache).
+        source: a directory in Hugging Face layout, a GGUF file, or a hub id (then fetched or taken from the
+            hub's cache).
+
+    Attributes:
+        path: the directory or file on this machine.
+        config: what it says about itself; None for a directory without `config.json`.
 
     Raises:
-        ValueError: there are no safetensors files.
+        ValueError: there is nothing of the kind, or it cannot be read.
     """
-    directory = Path(source)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
 
-        try:
-            directory = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-        except Exception as error:
+    def __init__(self, source: str) -> None:
+        self.path = _local_path(source)
+        self._gguf = GGUFModel(self.path) if self.path.suffix == ".gguf" else None
+        self._files = sorted(self.path.glob("*.safetensors"))
+        self.config: PretrainedConfig | None = None
+        if self._gguf is not None:
+            self.config = huggingface_config(self._gguf.architecture)
+        elif not self._files:
             raise ValueError(
-                f"backbone.pretrained: '{source}' is not a directory, and fetching it from the hub failed "
-                f"({type(error).__name__}: {error}). Give the path of a downloaded model."
-            ) from error
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"backbone.pretrained: no *.safetensors files in '{directory}'")
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name.removeprefix("model."), tensors.get_tensor(name)
+                f"no *.safetensors files in '{self.path}'; name the directory of a "
+                "model in Hugging Face layout, or a GGUF file"
+            )
+        elif (self.path / "config.json").is_file():
+            try:
+                self.config = AutoConfig.from_pretrained(self.path)
+            except ValueError as error:
+                raise ValueError(f"'{self.path}' holds no model of transformers ({error})") from error
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights, one at a time, named as in the model without head; the head is `lm_head.weight`."""
+        if self._gguf is not None:
+            yield from self._gguf.tensors()
+            return
+        for file in self._files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                        # Old checkpoints hold the rotary frequencies, which the configuration determines.
+                        if not name.endswith("rotary_emb.inv_freq"):
+                            yield name.removeprefix("model."), tensors.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"'{file}' is damaged ({error}); fetch or convert the model again"
+                ) from error
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Ids of the tokens of the model's tokenizer; None where there is no tokenizer.
+
+        It is looked for in the model's directory, then in `tokenizer` beside it.
+        """
+        if self._gguf is not None:
+            return {token: index for index, token in enumerate(self._gguf.tokens())} or None
+        for directory in (self.path, self.path.parent / "tokenizer"):
+            if (directory / "tokenizer.json").is_file():
+                return Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+        return None
 
 
-def load_pretrained(source: str, backbone: nn.Module, head: LinearHead | None) -> None:
+def _local_path(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".gguf":
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise ValueError(
+            f"'{source}' is not a directory, and fetching it from the hub failed "
+            f"({type(error).__name__}: {error}). Give the path of a downloaded model."
+        ) from error
+
+
+# What changes the function of a model and leaves no trace in the shapes of its weights.
+_FUNCTION = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "use_sliding_window",
+)
+
+
+def _differences(found: PretrainedConfig, expected: PretrainedConfig) -> Iterator[str]:
+    for name in _FUNCTION:
+        ours, theirs = getattr(expected, name, None), getattr(found, name, None)
+        if ours != theirs:
+            yield f"{name}: {theirs}, expected {ours}"
+
+
+def load_pretrained(source: str, backbone: PreTrainedModel, head: LinearHead | None) -> None:
     """Copy the weights of a causal LM into a backbone and, if given, its output head.
 
     A model with tied embeddings has no `lm_head.weight`; the head then gets the embeddings.
 
+    Args:
+        source: see `PretrainedLM`.
+
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape; all are listed.
+        ValueError: a fact of the architecture differs, or a tensor is missing, unexpected or of another shape;
+            all are listed.
     """
+    pretrained = PretrainedLM(source)
+    problems: list[str] = []
+    if pretrained.config is not None:
+        problems += _differences(pretrained.config, backbone.config)
     targets = dict(backbone.named_parameters())
-    missing, problems = set(targets), []
+    missing = set(targets)
     head_loaded = head is None
     with torch.no_grad():
-        for name, tensor in pretrained_tensors(source):
+        for name, tensor in pretrained.tensors():
             if name in targets:
                 if targets[name].shape != tensor.shape:
                     problems.append(f"{name}: {tuple(tensor.shape)}, expected {tuple(targets[name].shape)}")
@@ -124,7 +201,7 @@ def load_pretrained(source: str, backbone: nn.Module, head: LinearHead | None) -
     if not head_loaded:
         problems.append("lm_head.weight or embed_tokens.weight: missing")
     if problems:
-        shown = "\n  ".join(problems[:20])
+        shown = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(f"'{source}' does not fit the backbone's architecture:\n  {shown}")
 
 
@@ -159,11 +236,32 @@ class BaseLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, eos_token_id: int) -> BaseLM:
-        """Load a causal LM in Hugging Face layout."""
+        """Load a causal LM in Hugging Face layout (or from a hub id), in evaluation mode.
+
+        Raises:
+            ValueError: there is none, it is damaged or incomplete, or of a class that has no place here.
+        """
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"'{directory}' holds no causal language model in Hugging Face layout "
+                f"({type(error).__name__}: {error}). launch/convert_checkpoint.py writes one"
+            ) from error
+        lm, loading = loaded
+        # transformers only warns of these, and makes up random weights.
+        if missing := loading["missing_keys"]:
+            raise ValueError(f"'{directory}' is not complete, it lacks: {', '.join(sorted(missing))}")
+        supported = get_args(ArchitectureConfig.model_fields["model_type"].annotation)
+        if lm.config.model_type not in supported:
+            raise ValueError(
+                f"'{directory}' holds a model of type {lm.config.model_type}; use one of {', '.join(supported)}"
+            )
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.eos_token_id = eos_token_id
-        lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
         head = LinearHead(*reversed(lm.lm_head.weight.shape))
         head.weight = lm.lm_head.weight
         lm.lm_head = head

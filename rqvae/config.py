@@ -62,7 +62,8 @@ class BackboneConfig(StrictModel):
     architecture: ArchitectureConfig
     """In a run config also the path of a YAML file with these facts, relative to the file that names it."""
     pretrained: str | None = None
-    """Directory in Hugging Face layout (or hub id) to initialise from; null starts from random weights.
+    """What to initialise from: a directory in Hugging Face layout, a GGUF file (`*.gguf`), or a hub id; null
+    starts from random weights. It must have the architecture above, and its tokenizer must be the data's.
     Used when training starts, never when a saved codec is loaded."""
 
 

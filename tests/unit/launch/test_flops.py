@@ -43,6 +43,8 @@ def counted(call: Callable[[], object]) -> float:
         {"resample": "reference", "compression_factor": 1},
         {"encoder_context": "chunk"},
         {"backbone": {"decoder": "none"}},
+        {"backbone": {"decoder": "random"}},
+        {"token_dropout": 0.5},
         {"backbone": {"shared": True}},
     ],
     ids=str,
@@ -58,28 +60,27 @@ def test_codec_counts(changes: dict[str, Any]) -> None:
         "backbone": {"architecture": ARCHITECTURE, **changes.get("backbone", {})},
     }
     config = RQVAEConfig.model_validate(values)
-    vae = RQVAE(config).eval()
+    vae = RQVAE(config)
     ids = torch.randint(320, (2, 64))
     # The formula counts the half of the attention that is not masked, torch counts all of it: ask for twice
     # the context.
     expected = flops.codec(config, 128)
-    measured = counted(lambda: vae(ids)) / ids.numel()
-    assert expected.backbones + expected.new_layers == pytest.approx(measured, rel=0.02)
     assert expected.encode == pytest.approx(counted(lambda: vae.encode(ids)) / ids.numel(), rel=0.02)
-    assert expected.decode == pytest.approx(
-        counted(lambda: vae.decode(vae.encode(ids))) / ids.numel() - expected.encode, rel=0.02
-    )
+    codes = vae.encode(ids)
+    assert expected.decode == pytest.approx(counted(lambda: vae.decode(codes)) / ids.numel(), rel=0.02)
 
+    def step() -> None:
+        with torch.enable_grad():
+            vae.train()(ids).loss.backward()
 
-def test_what_is_frozen_counts_once_less() -> None:
-    values: dict[str, Any] = {"codebook_levels": 3, "codebook_size": 32, "latent_dim": 64}
-    for decoder in ("same", "random", "none"):
-        backbone = {"architecture": ARCHITECTURE, "decoder": decoder}
-        config = RQVAEConfig.model_validate({**values, "backbone": backbone})
-        frozen = flops.backbone(ARCHITECTURE, 64) * (2 if decoder == "same" else 1)
-        frozen += flops.head(ARCHITECTURE) if decoder == "same" else 0
-        codec = flops.codec(config, 128)
-        assert codec.train_full - codec.train_frozen == pytest.approx(frozen)
+    # The gradient of the head's weights is summed up by `addmm_`, which torch's counter does not know.
+    not_counted = flops.head(ARCHITECTURE)
+    measured = counted(step) / ids.numel() + not_counted
+    assert expected.train_full == pytest.approx(measured, rel=0.02)
+    for parameter in vae.backbone_parameters():
+        parameter.requires_grad_(False)
+    measured = counted(step) / ids.numel() + (not_counted if vae.decoder.head.weight.requires_grad else 0)
+    assert expected.train_frozen == pytest.approx(measured, rel=0.02)
 
 
 def latent_config(**changes: Any) -> RQTransformerConfig:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rqvae import RQVAE, BaseLM, RQVAEConfig
 from rqvae.backbone import build_backbone, load_pretrained
@@ -234,6 +234,52 @@ def test_a_missing_tensor_is_named(make_architecture: Make, base_lm_directory: P
         load_into(make_architecture(), tmp_path)
 
 
+def test_facts_that_no_shape_shows_are_compared(make_architecture: Make, base_lm_directory: Path) -> None:
+    changed = make_architecture(rope_theta=1e4, rms_norm_eps=1e-5)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_into(changed, base_lm_directory)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["rms_norm_eps", "rope_parameters"]
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(
+    make_architecture: Make, base_lm_directory: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(base_lm_directory / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "m.safetensors")
+    load_into(make_architecture(), tmp_path)
+
+
+def test_a_damaged_file_is_named(make_architecture: Make, base_lm_directory: Path, tmp_path: Path) -> None:
+    content = (base_lm_directory / "model.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"m\.safetensors' is damaged"):
+        load_into(make_architecture(), tmp_path)
+
+
+def test_a_base_lm_from_something_else_is_a_clear_error(
+    make_codec: Make, base_lm_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    make_codec(torch.float32).save_pretrained(tmp_path / "codec")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "codec", "empty"):
+        with pytest.raises(ValueError, match=f"{name}' holds no causal language model"):
+            BaseLM.from_pretrained(tmp_path / name, EOS)
+    tensors = load_file(base_lm_directory / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "empty" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "empty/config.json").write_text((base_lm_directory / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"not complete, it lacks: model\.norm\.weight"):
+        BaseLM.from_pretrained(tmp_path / "empty", EOS)
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "gpt"
+    )
+    with pytest.raises(ValueError, match="type gpt2; use one of qwen3, llama"):
+        BaseLM.from_pretrained(tmp_path / "gpt", EOS)
+
+
 def test_a_directory_without_weights(make_architecture: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no \*\.safetensors files"):
         load_into(make_architecture(), tmp_path)
@@ -255,9 +301,10 @@ def test_a_source_that_is_neither_directory_nor_on_the_hub(
         ("qwen3_1.7b", 1_720_574_976),
         ("qwen3_4b", 4_022_468_096),
         ("qwen3_8b", 8_190_735_360),
+        ("smollm2_135m", 134_515_008),
     ],
 )
-def test_parameter_counts_of_qwen3(name: str, expected: int, make_codec_config: Make) -> None:
+def test_parameter_counts(name: str, expected: int, make_codec_config: Make) -> None:
     architecture = ArchitectureConfig.model_validate(yaml.safe_load((BACKBONES / f"{name}.yaml").read_text()))
     config: RQVAEConfig = make_codec_config(
         architecture=architecture, latent_dim=512, latent_head_dim=64, num_latent_layers=2, codebook_dim=16

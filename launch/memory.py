@@ -1,0 +1,210 @@
+"""Memory of one rank in training, in closed form.
+
+Model states follow DeepSpeed's ZeRO (Rajbhandari 2020, section 5) as its release 0.19 lays them out; activations
+are what autograd keeps of our layers, counted operation by operation and rounded to what matters. Allocator
+fragmentation, the CUDA context and library workspaces come on top: leave a tenth free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from launch.config import TrainConfig
+from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig, mlp_width
+from rqvae.layers import LinearHead
+
+REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's `reduce_bucket_size`, in elements, all of it allocated at the start."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters` and `stage3_max_reuse_distance`, in elements."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts of a model on `world_size` ranks, in elements."""
+
+    total: int
+    trainable: int
+    shard: int
+    """One rank's share of all, every parameter padded to a multiple of the ranks."""
+    trainable_shard: int
+    persistent: int
+    """In parameters below `param_persistence_threshold`, which ZeRO-3 keeps whole as well."""
+    largest_module: int
+    """In the module with most parameters of its own: gathered at once, whatever the limits say."""
+
+    @classmethod
+    def of(cls, model: nn.Module, train: TrainConfig, world_size: int) -> Parameters:
+        """Count a model, which may be on the meta device."""
+
+        def shard(parameters: Iterable[nn.Parameter]) -> int:
+            return sum(-(-p.numel() // world_size) for p in parameters)
+
+        parameters = list(model.parameters())
+        trainable = [p for p in parameters if p.requires_grad]
+        return cls(
+            total=sum(p.numel() for p in parameters),
+            trainable=sum(p.numel() for p in trainable),
+            shard=shard(parameters),
+            trainable_shard=shard(trainable),
+            persistent=sum(p.numel() for p in parameters if p.numel() <= train.param_persistence_threshold),
+            largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device, and on its host for what is offloaded."""
+
+    weights: float
+    gradients: float
+    """fp32 sums over micro-batches."""
+    optimizer: float
+    """Adam's two moments and, where the weights are not fp32 themselves, fp32 master weights."""
+    bucket: float
+    """Buffer that gradients are reduced in. On a CPU only the part that is written to takes up memory."""
+    gathered: float
+    """Whole weights at one time, ZeRO-3 only."""
+    activations: float
+    logits: float
+    """Block of logits, gradients of the states before the head, and of the head's weights if trained."""
+    step: float
+    """Flat copy of the gradients in the optimizer step, when the three above are gone."""
+    host: float
+
+    @property
+    def states(self) -> float:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        """Largest sum at one time on the device."""
+        return self.states + self.bucket + max(self.gathered + self.activations + self.logits, self.step)
+
+
+def memory(
+    parameters: Parameters, train: TrainConfig, width: int, activations: float, logits: float
+) -> Memory:
+    """Memory of one rank.
+
+    Args:
+        width: bytes of a weight in the forward pass: 2 for bf16, 4 for fp32.
+        activations: bytes for one micro-batch.
+        logits: the same.
+    """
+    stage = train.zero_stage
+    weights = width * (parameters.shard + parameters.persistent if stage == 3 else parameters.total)
+    gradients = 4.0 * (parameters.trainable_shard if stage >= 2 else parameters.trainable)
+    split = parameters.trainable_shard if stage >= 1 else parameters.trainable
+    # In fp32 ZeRO-3 updates its shard of the weights themselves; stages 1 and 2 keep a copy all the same.
+    has_master = width == 2 or stage in (1, 2)
+    optimizer = (12.0 if has_master else 8.0) * split
+    host = 0.0
+    if train.offload_optimizer != "none":
+        host += optimizer + gradients
+        optimizer = gradients = 0.0
+    if train.offload_param != "none":
+        host += width * parameters.shard
+        weights = width * parameters.persistent
+    live = max(min(parameters.total, LIVE_PARAMETERS), parameters.largest_module) - parameters.persistent
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        bucket=width * REDUCE_BUCKET if stage >= 1 else 0.0,
+        gathered=width * max(0, live) if stage == 3 else 0.0,
+        activations=activations,
+        logits=logits,
+        step=4.0 * split if stage >= 1 and train.offload_optimizer == "none" else 0.0,
+        host=host,
+    )
+
+
+def backbone_layer(architecture: ArchitectureConfig, context: int, width: int, is_trained: bool) -> float:
+    """Bytes that autograd keeps of one backbone layer per token, in samples of `context` tokens.
+
+    A layer with frozen weights passes gradients on but needs no inputs of its products for its own.
+    """
+    hidden, mlp = architecture.hidden_size, architecture.intermediate_size
+    query = architecture.num_attention_heads * architecture.head_dim
+    key = architecture.num_key_value_heads * architecture.head_dim
+    trained = int(is_trained)
+    norms = 2 * hidden * (4 + 2 * width * trained)  # they compute in fp32
+    if architecture.model_type == "qwen3":
+        norms += (query + key) * (4 + width * trained)
+    # queries; keys and values repeated for all heads; output; the mask, which the kernel makes a float of
+    attention = width * (query * (4 + trained) + context)
+    return norms + attention + width * mlp * (3 + trained)
+
+
+def backbone(
+    architecture: ArchitectureConfig, context: int, width: int, is_trained: bool, recompute: bool
+) -> float:
+    """Bytes of a whole backbone per token. `recompute`: with activation checkpointing."""
+    layer = backbone_layer(architecture, context, width, is_trained)
+    final_norm = architecture.hidden_size * (4 + 2 * width * is_trained)
+    if recompute:
+        return architecture.num_hidden_layers * width * architecture.hidden_size + layer + final_norm
+    return architecture.num_hidden_layers * layer + final_norm
+
+
+def block(
+    dim: int, num_layers: int, mlp_ratio: float, context: float, width: int, recompute: bool = False
+) -> float:
+    """Bytes of a trained `TransformerBlock` per position."""
+    layer = width * (11 * dim + 4 * mlp_width(dim, mlp_ratio) + context)
+    if recompute:
+        return num_layers * width * dim + layer
+    return num_layers * layer
+
+
+def codec(config: RQVAEConfig, context: int, width: int, is_trained: bool, recompute: bool) -> float:
+    """Bytes of the codec per token, in samples of `context` tokens, without the head.
+
+    Args:
+        is_trained: of the pretrained backbones; the rest always is.
+        recompute: with activation checkpointing.
+    """
+    architecture, factor = config.backbone.architecture, config.compression_factor
+    decoder = config.backbone.decoder
+    # Nothing below the encoder's frozen backbone learns, unless the mask token does: nothing is kept of it.
+    total = 0.0
+    if is_trained or config.token_dropout:
+        total += backbone(architecture, context, width, is_trained, recompute)
+    if decoder != "none":
+        total += backbone(architecture, context, width, is_trained or decoder == "random", recompute)
+    refinement = block(config.latent_dim, config.num_latent_layers, 8 / 3, context / factor, width, recompute)
+    # embeddings, their norm, states and embeddings side by side, the same with absent places filled; upsampled
+    between = width * 7 * architecture.hidden_size
+    return total + 2 * refinement / factor + between
+
+
+def latent_model(kind: str, config: RQTransformerConfig, context: int, width: int, recompute: bool) -> float:
+    """Bytes of a latent model per token of text, in samples of `context` tokens. `kind`: name of its class."""
+    factor, levels = config.compression_factor, config.codebook_levels
+    positions = context / factor
+
+    def spatial(length: float) -> float:
+        return block(config.spatial_dim, config.spatial_layers, config.mlp_ratio, length, width, recompute)
+
+    if kind == "FlatTransformer":
+        return levels * spatial(positions * levels) / factor
+    if config.spatial_backbone is not None:
+        over_positions = backbone(
+            config.spatial_backbone.architecture, round(positions), width, True, recompute
+        )
+    else:
+        over_positions = spatial(positions)
+    depth = block(config.depth_dim, config.depth_layers, config.mlp_ratio, levels, width, recompute)
+    return (over_positions + levels * depth) / factor
+
+
+def logits(hidden: int, vocabulary: int, tokens: int, width: int, is_trained: bool) -> float:
+    """Bytes of a `LinearHead`'s loss over `tokens` positions."""
+    rows = min(tokens, max(16, LinearHead.BLOCK_ELEMENTS // vocabulary))
+    block_bytes = rows * vocabulary * (4 if width == 4 else 8)
+    return block_bytes + width * hidden * (tokens + vocabulary * is_trained)
