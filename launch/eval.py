@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_pipeline import TokenDataset, load_tokenizer
 from launch import flops
+from launch.compatibility import check_vocabulary
 from launch.config import EvaluationConfig, load_config
 from launch.environment import describe_environment
 from launch.progress import Progress
@@ -97,6 +98,7 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
     tokenizer = load_tokenizer(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(model, dataset.eos_token_id, device)
+    check_vocabulary(dataset, models.codec.config.backbone.architecture)
     generator = None
     if models.latent_model is not None:
         generator = LatentGenerator(

@@ -21,6 +21,7 @@ import torch
 
 from data_pipeline import TokenDataset, code_shard_is_done, finish_codes, write_code_shard
 from data_pipeline.errors import MissingShardError
+from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory
 from launch.progress import Progress
@@ -89,6 +90,7 @@ def encode(
         codec.quantizer.save_pretrained(output / "quantizer")
     for split in SPLITS:
         dataset = TokenDataset(tokens, split)
+        check_vocabulary(dataset, codec.config.backbone.architecture)
         shards = range(task_index, len(dataset.shards), num_tasks)
         total = sum(len(dataset.shard_range(shard)) for shard in shards)
         progress = Progress(total, f"encode {split}", unit="samples")

@@ -290,6 +290,11 @@ class RQTransformerTask(Task):
     def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
         return RQTransformer if self.config.latent_model.model == "rq_transformer" else FlatTransformer
 
+    def check_data(self, dataset: CodeDataset) -> None:  # type: ignore[override]
+        spatial = self.config.latent_model.spatial_backbone
+        if self.config.latent_model.reads_tokens and spatial is not None and spatial.pretrained is not None:
+            check_tokenizer(dataset.token_dataset.directory, spatial.pretrained)
+
     def notes(self) -> list[str]:
         match = describe_match(self.config)
         return [] if match is None else [match]
