@@ -50,6 +50,11 @@ def sum_by_code(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[Ten
     return counts, vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
 
 
+def _joined(rows: list[Tensor]) -> Tensor:
+    """The micro-batches' rows together; the usual single one is not copied."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place; nothing to do in a single process."""
     if dist.is_available() and dist.is_initialized():
@@ -235,9 +240,8 @@ class ResidualQuantizer(nn.Module):
         self.levels: Sequence[Quantizer] = nn.ModuleList(  # type: ignore[assignment]
             Quantizer(size, dim) for size in codebook_sizes
         )
-        self._pending: list[
-            tuple[Tensor, Tensor]
-        ] = []  # residuals [N, D, E], codes [N, D] since the last update
+        # Since the last update: residuals, per level [N, E] because sums over strided rows are slow; codes [N, D].
+        self._pending: list[tuple[list[Tensor], Tensor]] = []
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -265,13 +269,16 @@ class ResidualQuantizer(nn.Module):
             residuals.append(residual)
             codes.append(level_codes)
             total = total + level.embed(level_codes)
-            residual = vectors.detach() - total
+            difference = vectors - total
+            squares = difference.square()
+            residual = difference.detach()
             # Every level's partial sum is asked to be near the input (Lee 2022, equation 7).
-            commitment = commitment + ((vectors - total).square().mean(1) * real).sum()
-            distortion.append((residual.square().sum(1) * real).sum())
+            commitment = commitment + (squares.mean(1) * real).sum()
+            distortion.append((squares.detach().sum(1) * real).sum())
         all_codes = torch.stack(codes, dim=1)
         if self.training:
-            self._pending.append((torch.stack(residuals, dim=1)[real], all_codes[real]))
+            kept = torch.nonzero(real).squeeze(1)
+            self._pending.append(([level_residual[kept] for level_residual in residuals], all_codes[kept]))
         quantized = vectors + (total - vectors).detach()
         return ResidualQuantizerOutput(
             quantized.to(latents.dtype).view_as(latents),
@@ -321,14 +328,17 @@ class ResidualQuantizer(nn.Module):
         Returns:
             Codes re-seeded per level.
         """
-        # In front of what was seen stands nothing, in the right type, for a rank that has seen nothing.
-        nothing = self.levels[0].codebook.new_zeros(0, len(self.levels), self.dim)
-        residuals = torch.cat([nothing, *(r for r, _ in self._pending)])
-        codes = torch.cat([nothing[..., 0].long(), *(c for _, c in self._pending)])
-        self._pending.clear()
+        # A rank that has seen nothing has nothing of the right type.
+        nothing = self.levels[0].codebook.new_zeros(0, self.dim)
+        pending = self._pending or [
+            ([nothing] * len(self.levels), nothing.new_zeros(0, len(self.levels), dtype=torch.long))
+        ]
+        residuals = [_joined([seen[i] for seen, _ in pending]) for i in range(len(self.levels))]
+        codes = _joined([seen for _, seen in pending])
+        self._pending = []
         parts: list[Tensor] = []
         for i, level in enumerate(self.levels):
-            parts += sum_by_code(residuals[:, i], codes[:, i], level.codebook_size)
+            parts += sum_by_code(residuals[i], codes[:, i], level.codebook_size)
         # One message for all levels.
         joined = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
         pieces = joined.split([part.numel() for part in parts])
@@ -342,7 +352,7 @@ class ResidualQuantizer(nn.Module):
             if self.config.threshold_ema_dead_code and step % self.config.dead_code_interval == 0:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + i)
                 replaced[i] = level.replace_dead_codes(
-                    residuals[:, i], self.config.threshold_ema_dead_code, generator
+                    residuals[i], self.config.threshold_ema_dead_code, generator
                 )
         return replaced
 
