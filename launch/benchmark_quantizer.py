@@ -45,7 +45,9 @@ def benchmark_quantizer(shapes: tuple[Shape, ...] = SHAPES, repeats: int = 7) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = []
     for shape in shapes:
-        rows = time_rows({name: make_step(name, shape, device) for name in (OURS, PEER, BARE)}, repeats, device)
+        rows = time_rows(
+            {name: make_step(name, shape, device) for name in (OURS, PEER, BARE)}, repeats, device
+        )
         ours, peer, bare = (row["median_ms"] for row in rows)
         for row in rows:
             row["peak_extra_bytes"] = peak_in_subprocess(

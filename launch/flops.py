@@ -92,3 +92,10 @@ def rq_transformer(config: RQTransformerConfig, num_latents: float) -> LatentMod
         + 2 * config.spatial_dim * config.depth_dim
         + 2 * config.depth_dim * sum(config.codebook_sizes),
     )
+
+
+def flat_transformer(config: RQTransformerConfig, num_latents: float) -> float:
+    """Forward FLOPs of the flat transformer per latent position, which is D positions of its own."""
+    levels = config.codebook_levels
+    layers = block(config.spatial_dim, config.spatial_layers, config.mlp_ratio, num_latents * levels / 2)
+    return levels * layers + 2 * config.spatial_dim * sum(config.codebook_sizes)

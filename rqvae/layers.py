@@ -314,7 +314,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None and sum_dtype == weight.dtype:
                     grad_weight.addmm_(grad_logits.T, hidden[rows])
                 elif grad_weight is not None:
-                    slices = zip(grad_weight.split(weight_rows), grad_logits.split(weight_rows, 1), strict=True)
+                    slices = zip(
+                        grad_weight.split(weight_rows), grad_logits.split(weight_rows, 1), strict=True
+                    )
                     for part, grad_part in slices:
                         part.add_(grad_part.T @ hidden[rows])
         nats.masked_fill_(weights == 0, 0.0)
