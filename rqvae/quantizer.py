@@ -52,6 +52,11 @@ def sum_by_code(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[Ten
     return counts, vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
 
 
+def _joined(rows: list[Tensor]) -> Tensor:
+    """The micro-batches' rows together; the usual single one is not copied."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place; nothing to do in a single process."""
     if dist.is_available() and dist.is_initialized():
@@ -344,8 +349,9 @@ class ResidualQuantizer(nn.Module):
         else:
             sizes = codebook_sizes[:1] if config.shared_codebook else codebook_sizes
             self.levels = nn.ModuleList(Quantizer(size, dim) for size in sizes)  # type: ignore[assignment]
-        # Since the last update: residuals [N, D, E], codes [N, D], summed squared distances [D].
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        # Since the last update: residuals, per level [N, E] because sums over strided rows are slow; codes [N, D];
+        # summed squared distances [D].
+        self._pending: list[tuple[list[Tensor], Tensor, Tensor]] = []
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ResidualQuantizer:
@@ -405,16 +411,19 @@ class ResidualQuantizer(nn.Module):
             residuals.append(residual)
             codes.append(level_codes)
             total = total + level.embed(level_codes)
-            residual = vectors.detach() - total
+            difference = vectors - total
+            squares = difference.square()
+            residual = difference.detach()
             if kept_levels is not None:
                 kept = torch.where(kept_levels > index, total, kept)
             # Every level's partial sum is asked to be near the input (Lee 2022, equation 7).
-            commitment = commitment + ((vectors - total).square().mean(1) * real).sum()
-            distortion.append((residual.square().sum(1) * real).sum())
+            commitment = commitment + (squares.mean(1) * real).sum()
+            distortion.append((squares.detach().sum(1) * real).sum())
         all_codes = torch.stack(codes, dim=1)
         if self.training:
-            seen = torch.stack(residuals, dim=1)[real], all_codes[real], torch.stack(distortion).detach()
-            self._pending.append(seen)
+            rows = torch.nonzero(real).squeeze(1)
+            seen = [level_residual[rows] for level_residual in residuals]
+            self._pending.append((seen, all_codes[rows], torch.stack(distortion)))
         if kept_levels is None:
             kept = total
         if self.config.method == "fsq":
@@ -522,36 +531,41 @@ class ResidualQuantizer(nn.Module):
         Returns:
             Codes re-seeded per codebook.
         """
-        # In front of what was seen stands nothing, in the right type, for a rank that has seen nothing.
-        nothing = self.levels[0].codebook.new_zeros(0, self.num_levels, self.dim)
-        residuals = torch.cat([nothing, *(residuals for residuals, _, _ in self._pending)])
-        codes = torch.cat([nothing[..., 0].long(), *(codes for _, codes, _ in self._pending)])
-        distortion = sum((d for _, _, d in self._pending), nothing.new_zeros(self.num_levels))
-        self._pending.clear()
-        # What every quantizer served: its own level, or all of them.
-        shared = self.config.shared_codebook
-        served = [slice(None)] if shared else [slice(i, i + 1) for i in range(self.num_levels)]
-        parts: list[Tensor] = [distortion]
-        for level, mine in zip(self.levels, served, strict=True):
-            parts += sum_by_code(
-                residuals[:, mine].flatten(0, 1), codes[:, mine].flatten(), level.codebook_size
+        # A rank that has seen nothing has nothing of the right type.
+        nothing = self.levels[0].codebook.new_zeros(0, self.dim)
+        pending = self._pending or [
+            (
+                [nothing] * self.num_levels,
+                nothing.new_zeros(0, self.num_levels, dtype=torch.long),
+                nothing.new_zeros(self.num_levels),
             )
+        ]
+        residuals = [_joined([seen[i] for seen, _, _ in pending]) for i in range(self.num_levels)]
+        codes = list(_joined([seen for _, seen, _ in pending]).unbind(1))
+        distortion = torch.stack([seen for _, _, seen in pending]).sum(0)
+        self._pending = []
+        if self.config.shared_codebook:
+            # Its only quantizer served all levels.
+            residuals, codes, distortion = [_joined(residuals)], [_joined(codes)], distortion.sum()[None]
+        parts: list[Tensor] = [distortion]
+        for level, its_residuals, its_codes in zip(self.levels, residuals, codes, strict=True):
+            parts += sum_by_code(its_residuals, its_codes, level.codebook_size)
         # One message for all levels.
         joined = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
         distortion, *pieces = joined.split([part.numel() for part in parts])
         replaced = []
-        for i, (level, mine) in enumerate(zip(self.levels, served, strict=True)):
+        for i, level in enumerate(self.levels):
             counts, sums = pieces[2 * i], pieces[2 * i + 1].view(-1, self.dim)
             dtype = level.codebook.dtype
             level.apply_ema(counts.to(dtype), sums.to(dtype), self.config.ema_decay)
             if (num_vectors := counts.sum()) > 0:
-                mean = distortion[mine].sum() / num_vectors
+                mean = distortion[i] / num_vectors
                 level.ema_distortion.lerp_(mean.to(level.ema_distortion.dtype), 1 - self.config.ema_decay)
             replaced.append(0)
             if self.config.threshold_ema_dead_code and step % self.config.dead_code_interval == 0:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + i)
                 replaced[i] = level.replace_dead_codes(
-                    residuals[:, mine].flatten(0, 1), self.config.threshold_ema_dead_code, generator
+                    residuals[i], self.config.threshold_ema_dead_code, generator
                 )
         return replaced
 

@@ -7,10 +7,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rqvae import RQVAE, RQTransformer
 from tests.integration.conftest import NANO, run
+
+
+def losses(metrics: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
 
 
 def test_chain_from_text_to_report(tmp_path: Path, nano_corpus: Path) -> None:
@@ -46,6 +51,20 @@ def test_chain_from_text_to_report(tmp_path: Path, nano_corpus: Path) -> None:
     assert rq_transformer.config.codec_hash == vae.codec_hash()
     AutoModelForCausalLM.from_pretrained(project / "model/base_lm")
     assert AutoTokenizer.from_pretrained(project / "model/tokenizer").eos_token_id is not None
+
+    # ZeRO-3 on two ranks, with the head tied to the embeddings, learns what one process with whole weights learns.
+    assert json.loads((project / "model/base_lm/config.json").read_text())["tie_word_embeddings"]
+    alone = run(
+        [
+            *[sys.executable, "launch/train.py", "--config", str(NANO), "--stage", "base_lm"],
+            *["name=alone", *overrides, "train.zero_stage=0", "tracking.wandb=disabled"],
+        ]
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    expected = losses(tmp_path / "alone/base_lm/metrics.jsonl")
+    assert len(expected) > 5
+    assert expected[-1] < 0.9 * expected[0]
+    assert losses(project / "base_lm/metrics.jsonl") == pytest.approx(expected, rel=1e-5)
 
     again = run(command, timeout_s=120)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -221,6 +221,28 @@ def test_codes_are_greedy_on_what_the_levels_before_left_over() -> None:
     torch.testing.assert_close(quantizer.embed(out.codes), out.quantized)
 
 
+def test_all_levels_equal_brute_force_in_fp64_wherever_the_margin_is_above_rounding() -> None:
+    num_vectors, dim, size, levels = 65_536, 16, 128, 8
+    quantizer = ResidualQuantizer((size,) * levels, dim, QuantizerConfig()).eval()
+    for depth, level in enumerate(quantizer.levels):
+        level.codebook *= 0.7**depth
+    latents = torch.randn(1, num_vectors, dim)
+    codes = quantizer(latents, all_real(latents)).codes[0]
+    residual = latents[0].double()
+    undecided = torch.zeros(num_vectors, dtype=torch.bool)
+    for depth, level in enumerate(quantizer.levels):
+        codebook = level.codebook.double()
+        distances = torch.cdist(residual, codebook, compute_mode="donot_use_mm_for_euclid_dist")
+        best = distances.square().topk(2, largest=False)
+        # Two fp32 roundings of the terms that cancel; 0.3 was the most that ever decided differently.
+        scale = residual.square().sum(1) + codebook.square().sum(1).max()
+        undecided |= best.values[:, 1] - best.values[:, 0] < 2 * torch.finfo(torch.float32).eps * scale
+        expected = best.indices[:, 0]
+        assert torch.equal(codes[~undecided, depth], expected[~undecided])
+        residual = residual - codebook[expected]
+    assert undecided.float().mean() < 1e-4
+
+
 def test_embed_sums_the_levels_it_is_given() -> None:
     quantizer = make()
     codes = torch.randint(4, (2, 3, 3))
