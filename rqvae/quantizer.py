@@ -412,13 +412,13 @@ class ResidualQuantizer(nn.Module):
             codes.append(level_codes)
             total = total + level.embed(level_codes)
             difference = vectors - total
-            squares = difference.square()
             residual = difference.detach()
             if kept_levels is not None:
                 kept = torch.where(kept_levels > index, total, kept)
+            left_over = (difference.square().sum(1) * real).sum()
             # Every level's partial sum is asked to be near the input (Lee 2022, equation 7).
-            commitment = commitment + (squares.mean(1) * real).sum()
-            distortion.append((squares.detach().sum(1) * real).sum())
+            commitment = commitment + left_over / self.dim
+            distortion.append(left_over.detach())
         all_codes = torch.stack(codes, dim=1)
         if self.training:
             rows = torch.nonzero(real).squeeze(1)
