@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from rqvae import persistence
 from rqvae.config import QuantizerConfig, ResidualQuantizerConfig
 
-BLOCK_DISTANCES = 1 << 22
-"""Distances formed at a time, so that memory does not grow as vectors x C."""
+BLOCK_DISTANCES = {"cpu": 1 << 19, "cuda": 1 << 24}
+"""Distances formed at a time, so that memory does not grow as vectors x C. Those of a CPU stay in its cache, which
+halves the time; a GPU wants large products."""
 
 INITIALISATION_VECTORS_PER_CODE = 32
 """k-means needs some tens of vectors per centroid; more only costs time (faiss's default minimum is 39)."""
@@ -40,7 +41,7 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
         LongTensor [N].
     """
     half_norms = codebook.square().sum(1) / 2
-    rows = max(1, BLOCK_DISTANCES // codebook.shape[0])
+    rows = max(1, BLOCK_DISTANCES[vectors.device.type] // codebook.shape[0])
     # |x - c|^2 / 2 = |x|^2 / 2 - x.c + |c|^2 / 2, and the first term is the same for every code.
     blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in vectors.split(rows)]
     return torch.cat(blocks) if blocks else vectors.new_zeros(0, dtype=torch.long)
@@ -421,9 +422,12 @@ class ResidualQuantizer(nn.Module):
             distortion.append(left_over.detach())
         all_codes = torch.stack(codes, dim=1)
         if self.training:
-            rows = torch.nonzero(real).squeeze(1)
-            seen = [level_residual[rows] for level_residual in residuals]
-            self._pending.append((seen, all_codes[rows], torch.stack(distortion)))
+            # The first residual may be the caller's own memory.
+            seen, seen_codes = [residuals[0].clone(), *residuals[1:]], all_codes
+            if not real.all():
+                rows = torch.nonzero(real).squeeze(1)
+                seen, seen_codes = [level_residual[rows] for level_residual in seen], all_codes[rows]
+            self._pending.append((seen, seen_codes, torch.stack(distortion)))
         if kept_levels is None:
             kept = total
         if self.config.method == "fsq":

@@ -200,8 +200,8 @@ def test_architecture_path_is_relative_to_the_naming_file_or_the_working_directo
     narrowed = load_config(child, overrides=["codec.backbone.architecture.num_hidden_layers=1"])
     assert narrowed.codec.backbone.architecture.num_hidden_layers == 1
     monkeypatch.chdir(CONFIGS)
-    larger = load_config(child, overrides=["codec.backbone.architecture=backbones/small.yaml"])
-    assert larger.codec.backbone.architecture.hidden_size == 384
+    larger = load_config(child, overrides=["codec.backbone.architecture=backbones/qwen3_0.6b.yaml"])
+    assert larger.codec.backbone.architecture.hidden_size == 1024
 
 
 def test_the_spatial_backbone_may_be_named_by_a_path_too(tmp_path: Path) -> None:
@@ -215,11 +215,11 @@ def test_the_spatial_backbone_may_be_named_by_a_path_too(tmp_path: Path) -> None
     assert config.latent_model.spatial_backbone.architecture == config.codec.backbone.architecture
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "again.yaml").latent_model == config.latent_model
-    given = [f"latent_model.spatial_backbone.architecture={CONFIGS / 'backbones/small.yaml'}"]
-    size = ["latent_model.spatial_dim=384", "latent_model.spatial_layers=4"]
+    given = [f"latent_model.spatial_backbone.architecture={CONFIGS / 'backbones/qwen3_0.6b.yaml'}"]
+    size = ["latent_model.spatial_dim=1024", "latent_model.spatial_layers=28"]
     larger = load_config(write(tmp_path, latent_model=latent_model), overrides=[*given, *size])
     assert larger.latent_model.spatial_backbone is not None
-    assert larger.latent_model.spatial_backbone.architecture.hidden_size == 384
+    assert larger.latent_model.spatial_backbone.architecture.hidden_size == 1024
 
 
 def test_batch_arithmetic() -> None:

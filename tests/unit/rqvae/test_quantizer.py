@@ -50,7 +50,7 @@ def assert_same_buffers(actual: nn.Module, expected: dict[str, Tensor], exact: b
 def test_nearest_equals_brute_force_in_fp64(
     monkeypatch: pytest.MonkeyPatch, block: int, scale: float
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_DISTANCES", block)
+    monkeypatch.setitem(module.BLOCK_DISTANCES, "cpu", block)
     vectors, codebook = torch.randn(301, DIM) * scale, torch.randn(40, DIM) * scale
     distances = (vectors[:, None].double() - codebook.double()).square().sum(-1)
     best = distances.sort(dim=1).values
@@ -81,7 +81,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_as_vectors_times_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_DISTANCES", 1000)
+    monkeypatch.setitem(module.BLOCK_DISTANCES, "cpu", 1000)
     vectors, codebook = torch.randn(1000, DIM), torch.randn(100, DIM)
     with _LargestTensor() as largest:
         nearest(vectors, codebook)
