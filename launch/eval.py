@@ -37,7 +37,7 @@ from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
 from rqvae.quantizer import compute_perplexity
 
-DISTORTION_SAMPLES = 32
+DISTORTION_SAMPLES = 64
 """Samples on which decoding from the first levels only is tried, once per level."""
 
 

@@ -163,7 +163,8 @@ class RQVAEConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _identity_follows(cls, values: Any) -> Any:
-        """Fill in what the identity codec's shape must be; a contradiction is found below."""
+        """Fill in what the identity codec's shape must be where it is left out, or null over an inherited value; a
+        contradiction is found below."""
         if not isinstance(values, dict) or values.get("kind") != "identity":
             return values
         try:
@@ -176,7 +177,7 @@ class RQVAEConfig(StrictModel):
             ),
             "codebook_size": vocabulary + 1,
         }
-        return {**shape, **values}
+        return {**values, **{name: size for name, size in shape.items() if values.get(name) is None}}
 
     @field_validator("codebook_size")
     @classmethod
@@ -222,7 +223,8 @@ class RQVAEConfig(StrictModel):
             shape = (self.compression_factor, self.backbone.architecture.vocab_size + 1)
             if (self.codebook_levels, *sizes) != shape:
                 raise ValueError(
-                    f"kind: identity means codebook_levels {shape[0]} and codebook_size {shape[1]}; leave them out"
+                    f"kind: identity means codebook_levels {shape[0]} and codebook_size {shape[1]}; "
+                    "leave them out, or set them to null"
                 )
         return self
 

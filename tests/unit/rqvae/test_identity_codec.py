@@ -28,6 +28,8 @@ def codec(make_architecture: Callable[..., Any]) -> IdentityCodec:
 def test_shape_follows_from_the_rest(codec: IdentityCodec) -> None:
     assert codec.config.codebook_levels == codec.config.compression_factor == 4
     assert codec.config.codebook_sizes == (98,) * 4
+    inherited = codec.config.model_dump() | {"codebook_levels": None, "codebook_size": None}
+    assert RQVAEConfig.model_validate(inherited) == codec.config
 
 
 def test_codes_are_the_tokens_and_nothing_is_lost(codec: IdentityCodec, packed: Any) -> None:
