@@ -35,7 +35,7 @@ from data_pipeline.shards import Group, ShardReader, tar_path, write_tar
 from rqvae.config import StrictModel
 
 CODE_FORMAT = "rqvae-code-shards"
-CODE_FORMAT_VERSION = 1
+CODE_FORMAT_VERSION = 2
 CODE_MANIFEST_NAME = "codes_manifest.json"
 LATENT_DTYPE = np.dtype("<f2")
 
@@ -151,8 +151,11 @@ def write_code_shard(
         sample_length=token_dataset.sample_length,
         latent_dim=None if vectors is None else vectors.shape[-1],
     )
-    if (Path(code_directory) / CODE_MANIFEST_NAME).is_file():
-        _check_layout(load_code_manifest(code_directory).layout, layout, code_directory)
+    if (manifest_path := Path(code_directory) / CODE_MANIFEST_NAME).is_file():
+        there = load_code_manifest(code_directory).layout
+        _check_layout(there, layout, code_directory)
+        if there != layout:  # latents are added: the set is not complete until all shards have them
+            manifest_path.unlink()
     samples = len(token_dataset.shard_range(shard_index))
     values = np.asarray(codes)
     if values.shape != (samples, *layout.shape) or not np.issubdtype(values.dtype, np.integer):
@@ -237,11 +240,13 @@ def finish_codes(
     *,
     codec_hash: str,
     splits: Sequence[str] | None = None,
+    with_latents: bool = False,
 ) -> CodeManifest:
     """Writes the manifest of the codes once every shard is there.
 
     Args:
         splits: the splits that were encoded; None takes all that have samples.
+        with_latents: every shard must have its latents.
 
     Raises:
         MissingShardError: names the shards that are not done, or were made by another codec.
@@ -256,7 +261,12 @@ def finish_codes(
         for index in range(len(tokens.splits[split].shards)):
             record = _read_record(_record_path(code_directory, split, index))
             if record is None or not code_shard_is_done(
-                code_directory, split, index, token_fingerprint=tokens.fingerprint, codec_hash=codec_hash
+                code_directory,
+                split,
+                index,
+                token_fingerprint=tokens.fingerprint,
+                codec_hash=codec_hash,
+                with_latents=with_latents,
             ):
                 missing.append(f"{split}/{code_shard_name(index)}")
                 continue
@@ -270,7 +280,8 @@ def finish_codes(
         )
     if len(layouts) != 1:
         raise DatasetError(
-            f"{code_directory}: the shards disagree about K, D, C or the presence of latents: encode them again"
+            f"{code_directory}: the shards disagree about K, D, C or the presence of latents: encode with "
+            "--latents, or remove the directory and encode again"
         )
     manifest = CodeManifest(fingerprint="", layout=layouts.pop(), splits=entries)
     manifest = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
@@ -296,7 +307,7 @@ def load_code_manifest(code_directory: str | Path) -> CodeManifest:
     if values.get("format_version") != CODE_FORMAT_VERSION:
         raise FormatVersionError(
             f"{path}: format version {values.get('format_version')!r}, but this program reads "
-            f"{CODE_FORMAT_VERSION}; encode the tokens again"
+            f"{CODE_FORMAT_VERSION}; remove the directory and encode the tokens again"
         )
     try:
         manifest = CodeManifest.model_validate(values)

@@ -119,7 +119,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         below = merged.get(key)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
-            same_kind = "kind" not in below or value.get("kind", below["kind"]) == below["kind"]
+            same_kind = value.get("kind", below.get("kind")) == below.get("kind")
             merged[key] = merge(below, value) if same_kind else dict(value)
         else:
             merged[key] = value

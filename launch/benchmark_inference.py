@@ -31,6 +31,11 @@ def benchmark_inference(model: Path, data: Path, settings: BenchmarkConfig) -> d
     vae = load_codec(model / "rqvae").to(device)
     latent_model = load_latent_model(model / "rq_transformer").to(device)
     latent = LatentGenerator(vae, latent_model, load_tokenizer(data))
+    if not (model / "base_lm").is_dir():
+        raise ValueError(
+            f"'{model}/base_lm' is missing, and without an autoregressive model there is no race; convert the "
+            "base_lm stage of this project or copy that of another one on the same data"
+        )
     lm: Any = AutoModelForCausalLM.from_pretrained(model / "base_lm", dtype=torch.float32)
     lm.to(device).eval()
     prompts = prompts_from(data, settings.batch_size, settings.prompt_tokens)
@@ -137,8 +142,8 @@ def work_per_token(
         layers = shape.codebook_levels * shape.spatial_layers
     # The decoder runs once over all new tokens, or once per latent.
     decoder_tokens = factor if shape.reads_tokens else settings.new_tokens
-    decoder_layers = 0 if vae.config.kind == "identity" else vae.config.num_latent_layers
-    if vae.config.kind != "identity" and vae.config.backbone.decoder != "none":
+    decoder_layers = 0 if vae.config.model == "identity" else vae.config.num_latent_layers
+    if vae.config.model != "identity" and vae.config.backbone.decoder != "none":
         decoder_layers += architecture.num_hidden_layers
     return {
         "ar": {

@@ -324,9 +324,9 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
     if not isinstance(train_values, Mapping) or not isinstance(sections, Mapping):
         return mistakes
     chosen = stage or values.get("stage")
-    if codec is not None and codec.kind == "identity" and chosen in _CODEC_STAGES:
+    if codec is not None and codec.model == "identity" and chosen in _CODEC_STAGES:
         mistakes.append(
-            f"codec.kind: identity leaves the stage {chosen} nothing to train; go on with "
+            f"codec.model: identity leaves the stage {chosen} nothing to train; go on with "
             "launch/precompute_codes.py and the stage rq_transformer"
         )
     # With a stage chosen, the others are not going to run: an override of steps may not suit them.
@@ -338,6 +338,10 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
         train = _section(TrainConfig, {**train_values, **section})
         if train is not None:
             mistakes += _mistakes_of_training(train, name, section)
+            if train.stochastic_codes and codec is not None and codec.model == "identity":
+                mistakes.append(
+                    f"stages.{name}.stochastic_codes: codec.model: identity has nothing to draw from; remove it"
+                )
     return list(dict.fromkeys(mistakes))
 
 
@@ -374,6 +378,11 @@ def _mistakes_of_codec_and_latent_model(codec: RQVAEConfig, latent_model: Latent
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             yield f"latent_model.{detail['msg'].removeprefix('Value error, ')}"
+    if codec.sees_future and latent_model.reads_tokens:
+        yield (
+            f"latent_model.spatial_input: {latent_model.spatial_input} needs codes that do not depend on the text "
+            "after them, and codec.resample: reference makes such codes; use spatial_input: codes"
+        )
 
 
 def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str, Any]) -> Iterator[str]:

@@ -64,8 +64,9 @@ def to_safetensors(source: Path, destination: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)  # type: ignore[operator]
     verify(model, task.load_model(partial))
-    partial.replace(destination)
+    # The destination comes last: where it is, all is there.
     load_tokenizer(config.data.directory).save_pretrained(destination.parent / "tokenizer")
+    partial.replace(destination)
 
 
 def to_huggingface(source: Path, destination: Path) -> None:

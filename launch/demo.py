@@ -57,6 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
             # The demo keeps everything in one place.
             overrides.append(f"data.directory={project_directory(config) / 'data'}")
             config = load_config(args.config, overrides=overrides)
+        if config.codec.model == "identity":
+            raise ValueError(
+                "codec.model: identity has no codec stages, so it is not run as a demo; start it as the head of "
+                "configs/sweeps/identity.yaml says"
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -138,6 +143,7 @@ def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> lis
                 *with_config,
                 "--checkpoint",
                 str(models / "rqvae"),
+                *(["--latents"] if config.for_stage("rq_transformer").train.stochastic_codes else []),
                 *overrides,
             ],
             [manifest, models / "rqvae"],

@@ -6,9 +6,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ import deepspeed
 from launch.config import TrainConfig
 from launch.deepspeed_config import deepspeed_config
 from rqvae.layers import TransformerBlock
+
+Result = TypeVar("Result")
 
 
 def start_process_group() -> tuple[int, int, torch.device]:
@@ -62,6 +64,31 @@ def stop_process_group() -> None:
     names = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")]
     shared = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *names])
     Path("/dev/shm", shared).unlink(missing_ok=True)  # noqa: S108
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """What `action` returns here, or the first rank's error everywhere.
+
+    A rank that stops alone would leave the others waiting for it.
+
+    Raises:
+        ValueError: `action` raised one on some rank.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except ValueError as error:
+        problem = str(error)
+        if not dist.is_initialized():
+            raise
+    if not dist.is_initialized():
+        return result  # type: ignore[return-value]
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise ValueError(text if rank == dist.get_rank() else f"on rank {rank}: {text}")
+    return result  # type: ignore[return-value]
 
 
 def multiplies_bf16() -> bool:

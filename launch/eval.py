@@ -11,7 +11,6 @@ document. The latent model's figure is a bound: NLL(codes) + NLL(tokens | codes)
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -27,14 +26,15 @@ from launch import flops
 from launch.compatibility import check_vocabulary
 from launch.config import EvaluationConfig, load_config
 from launch.environment import describe_environment
+from launch.latent_model import latent_model_config
 from launch.progress import Progress
 from launch.prompt_lengths import by_prompt_length
 from launch.report_data import update_report
 from launch.tracking import read_metrics
 from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_codec, load_latent_model
 from rqvae.codec import Codec
-from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
+from rqvae.generation import check_pair
 from rqvae.quantizer import compute_perplexity
 
 DISTORTION_SAMPLES = 64
@@ -101,9 +101,13 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
     check_vocabulary(dataset, models.codec.config.backbone.architecture)
     generator = None
     if models.latent_model is not None:
-        generator = LatentGenerator(
-            models.codec, models.latent_model, tokenizer
-        )  # also refuses a foreign pair
+        check_pair(models.codec, models.latent_model)
+        if models.codec.config.sees_future:
+            print(
+                "codec.resample: reference: nothing can be generated or continued with such codes; left out"
+            )
+        else:
+            generator = LatentGenerator(models.codec, models.latent_model, tokenizer)
 
     num_samples = min(len(dataset), settings.max_samples or len(dataset))
     totals = score(models, dataset, num_samples, settings.batch_size, device)
@@ -119,8 +123,7 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
         nats["latent_codes"] = totals["code_nats"].sum()
         nats["latent_bound"] = nats["latent_codes"] + nats["latent_reconstruction"]
     lengths = {}
-    # Codes that see the future cannot score a continuation: they have seen it.
-    if models.latent_model is not None and models.codec.config.resample == "chunked":
+    if models.latent_model is not None and generator is not None:
         lengths = by_prompt_length(models.codec, models.latent_model, dataset, device)
     codec = models.codec.config
     bits_per_token = sum(map(math.log2, codec.codebook_sizes)) / codec.compression_factor
@@ -336,10 +339,10 @@ def compute_report(project: Path) -> dict[str, Any]:
             frozen = min(steps, train.frozen_steps)
             total = frozen * codec.train_frozen + (steps - frozen) * codec.train_full
         else:
-            saved = json.loads((project / "model" / stage / "config.json").read_text())
-            model = RQTransformerConfig.model_validate(saved["config"])
             factor = config.codec.compression_factor
-            total = 3 * steps * flops.latent_model(saved["model"], model, length / factor) / factor
+            name = "RQTransformer" if config.latent_model.model == "rq_transformer" else "FlatTransformer"
+            forward = flops.latent_model(name, latent_model_config(config), length / factor)
+            total = 3 * steps * forward / factor
         report[stage] = {
             "steps": steps,
             "train_tokens": steps * tokens_per_step,

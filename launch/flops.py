@@ -56,7 +56,7 @@ class CodecFlops:
 
 def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     """FLOPs of the codec on samples of `sample_length` tokens (causal: half of them are seen on average)."""
-    if config.kind == "identity":
+    if config.model == "identity":
         return CodecFlops(encode=0.0, decode=0.0, train_frozen=0.0, train_full=0.0)
     architecture, factor = config.backbone.architecture, config.compression_factor
     # Masks that keep documents or chunks apart save nothing: what they hide is computed.

@@ -71,10 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(config: RunConfig, gpus: int) -> list[PhasePlan]:
     """All phases of the stages that the configuration has settings for (of the three without `joint`).
 
+    The targets of `stochastic_codes` are not counted.
+
     Raises:
         ValueError: the batch does not divide by the ranks.
     """
-    check_world_size(config, gpus)
     makers = {"base_lm": base_lm, "rqvae": rqvae, "rq_transformer": rq_transformer}
     named = [stage for stage in makers if stage in config.stages.model_fields_set]
     plans = []
@@ -98,7 +99,7 @@ def base_lm(config: RunConfig, gpus: int) -> list[PhasePlan]:
 
 def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
     """The codec, frozen and full."""
-    if config.codec.kind == "identity":
+    if config.codec.model == "identity":
         return []
     task, length = RQVAETask(config), config.data.sample_length
     architecture, costs = config.codec.backbone.architecture, flops.codec(config.codec, length)
@@ -129,7 +130,10 @@ def rq_transformer(config: RunConfig, gpus: int) -> list[PhasePlan]:
     factor = shape.compression_factor
     per_token = 3 * flops.latent_model(model_class.__name__, shape, length / factor) / factor
     phase = Phase("full", 0, config.train.steps)
-    head = (shape.depth_dim, max(shape.codebook_sizes))
+    # The gradients of all levels' heads are there at once, each formed over one row per latent.
+    is_flat = model_class is FlatTransformer
+    sizes = shape.codebook_sizes[:1] if shape.head == "shared" else shape.codebook_sizes
+    head = (shape.spatial_dim if is_flat else shape.depth_dim, sum(sizes))
     return [phase_plan(config, gpus, phase, model, kept, head, True, per_token)]
 
 
@@ -150,6 +154,7 @@ def phase_plan(
 ) -> PhasePlan:
     """Needs of a phase from those of a token."""
     assert config.stage is not None
+    check_world_size(config, gpus)
     train = config.train
     parameters = memory.Parameters.of(model, train, gpus)
     per_pass = train.micro_batch_size * config.data.sample_length

@@ -3,7 +3,7 @@
     python launch/precompute_codes.py --config configs/tiny.yaml --checkpoint runs/tiny/model/rqvae \\
         --task-index 0 --num-tasks 1
 
-With `codec.kind: identity` there is no checkpoint to give: the codec is made here. `--latents` keeps what the codes
+With `codec.model: identity` there is no checkpoint to give: the codec is made here. `--latents` keeps what the codes
 were chosen for too, from which `stochastic_codes` draws in training.
 
 Task i of n takes every n-th shard; finished shards are skipped, so a killed task is simply started again. The
@@ -25,7 +25,7 @@ from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory
 from launch.progress import Progress
-from rqvae import RQVAE, IdentityCodec, load_codec
+from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
 from rqvae.codec import Codec
 
 SPLITS = ("train", "validation")  # what training reads; evaluation encodes the test split itself
@@ -62,11 +62,16 @@ def codec_of(config: RunConfig, checkpoint: Path | None) -> Codec:
     Raises:
         ValueError: none is given, or it is not of the configuration's kind.
     """
-    if config.codec.kind == "identity":
+    if config.codec.model == "identity":
         if checkpoint is not None:
             raise ValueError("--checkpoint: the identity codec has none; leave it out")
-        codec = IdentityCodec(config.codec)
-        codec.save_pretrained(model_directory(config) / "rqvae")
+        codec, directory = IdentityCodec(config.codec), model_directory(config) / "rqvae"
+        if not (directory / "config.json").is_file():
+            codec.save_pretrained(directory)
+        elif load_codec(directory).codec_hash() != codec.codec_hash():
+            raise ValueError(
+                f"'{directory}' holds another codec; give this project a name of its own (name=...)"
+            )
         return codec
     if checkpoint is None:
         raise ValueError("--checkpoint: the model directory of the codec is needed")
@@ -87,7 +92,7 @@ def encode(
     if with_latents:
         if not isinstance(codec, RQVAE):
             raise ValueError("--latents: the identity codec has no latents, and nothing to draw from")
-        codec.quantizer.save_pretrained(output / "quantizer")
+        keep_quantizer(codec, codec_hash, output / "quantizer")
     for split in SPLITS:
         dataset = TokenDataset(tokens, split)
         check_vocabulary(dataset, codec.config.backbone.architecture)
@@ -119,13 +124,27 @@ def encode(
             )
         progress.close()
     try:
-        finish_codes(output, tokens, codec_hash=codec_hash, splits=SPLITS)
+        finish_codes(output, tokens, codec_hash=codec_hash, splits=SPLITS, with_latents=with_latents)
     except MissingShardError:
         print(
             f"Task {task_index} of {num_tasks} is done; the codes in {output} are complete when all tasks are."
         )
     else:
         print(f"Codes: {output}\nNext: deepspeed launch/train.py --config CONFIG --stage rq_transformer")
+
+
+def keep_quantizer(codec: RQVAE, codec_hash: str, directory: Path) -> None:
+    """What stochastic codes are drawn with, beside the codes. Whichever task comes first writes it.
+
+    Raises:
+        ValueError: there is another codec's.
+    """
+    if not (directory / "config.json").is_file():
+        codec.quantizer.save_pretrained(directory, codec_hash)
+    elif ResidualQuantizer.from_pretrained(directory).codec_hash != codec_hash:
+        raise ValueError(
+            f"'{directory.parent}' holds the codes of another codec; encode into another project (name=...)"
+        )
 
 
 def encode_shard(
@@ -139,10 +158,11 @@ def encode_shard(
         batch = dataset.read(range(start, min(start + batch_size, samples.stop)))
         ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
         if with_latents:
+            assert isinstance(codec, RQVAE)
             with torch.inference_mode():
-                out = codec(ids, document_ids=documents)
-            latents.append(out.latents.float().cpu().numpy())
-            encoded = out.codes
+                vectors = codec.quantizer.bound(codec.encoder(ids, documents))
+                encoded = codec.quantizer(vectors, documents.new_ones(vectors.shape[:2]) > 0).codes
+            latents.append(vectors.float().cpu().numpy())
         else:
             encoded = codec.encode(ids, document_ids=documents)
         codes.append(encoded.cpu().numpy())

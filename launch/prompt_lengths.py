@@ -27,8 +27,8 @@ def by_prompt_length(
 
     Returns:
         `rows`: by prompt length, nats per token of the continuation (a bound) and its token accuracy;
-        `phases`: by length modulo K, how far the nats lie above a straight line through all lengths, with the
-        standard error over documents. Empty without documents that are long enough.
+        `phases`: by length modulo K, how far the nats lie above a smooth curve of the length (fitted together with
+        them), with the standard error over documents. Empty without documents that are long enough.
     """
     factor = codec.config.compression_factor
     before, after = PROMPT_CHUNKS * factor, CONTINUATION_CHUNKS * factor
@@ -47,10 +47,7 @@ def by_prompt_length(
         scored += bound.token_nats[:, -after:].double().sum(1)
         nats[length - 1] = (scored / after).cpu().numpy()
         accuracy[length - 1] = float(bound.token_correct[:, -after:].float().mean())
-    # A longer prompt helps by itself: what is left over a line fitted to every document is the phase's doing.
-    lengths = np.stack([np.ones(before), np.arange(before)], axis=1)
-    residual = nats - lengths @ np.linalg.lstsq(lengths, nats, rcond=None)[0]
-    excess = residual.reshape(PROMPT_CHUNKS, factor, -1).mean(0)
+    excess = phase_effects(nats, factor)
     return {
         "documents": len(texts),
         "continuation_tokens": after,
@@ -69,6 +66,25 @@ def by_prompt_length(
             for i in range(factor)
         ],
     }
+
+
+def phase_effects(nats: np.ndarray, factor: int) -> np.ndarray:
+    """What the length modulo K does to the nats, apart from what more context does.
+
+    Least squares of a curve 1, n, 1/n, log n of the length n together with one term per phase; the terms add up to 0.
+
+    Args:
+        nats: [lengths 1, 2, ..., documents].
+
+    Returns:
+        [K, documents], for the lengths 1, 2, ..., K modulo K.
+    """
+    lengths = np.arange(1, len(nats) + 1)
+    curve = np.stack([np.ones(len(nats)), lengths, 1 / lengths, np.log(lengths)], axis=1)
+    # Phase i against the last one.
+    contrasts = np.concatenate([np.eye(factor - 1), -np.ones((1, factor - 1))])[(lengths - 1) % factor]
+    terms = np.linalg.lstsq(np.concatenate([curve, contrasts], axis=1), nats, rcond=None)[0][curve.shape[1] :]
+    return np.concatenate([terms, -terms.sum(0, keepdims=True)])
 
 
 def long_documents(dataset: TokenDataset, length: int, count: int) -> np.ndarray:

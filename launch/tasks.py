@@ -236,6 +236,7 @@ class RQVAETask(Task):
             "chunks": real_chunks.double().sum(),
             "correct_chunks": chunk_hits.double().sum(),
             "commitment": out.commitment_loss.detach().double() * num_tokens / factor,
+            "quantized_chunks": real_chunks.double().sum() * (out.codes is not None),
         }
         if out.codes is not None:
             sums["distortion"] = out.distortion.double()
@@ -253,8 +254,10 @@ class RQVAETask(Task):
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         chunks = sums["chunks"].clamp(min=1)
+        # The first steps of a window may have been continuous.
+        quantized = sums["quantized_chunks"].clamp(min=1)
         metrics = _token_metrics(sums)
-        commitment = float(sums["commitment"] / chunks)
+        commitment = float(sums["commitment"] / quantized)
         metrics = {
             "loss": metrics["nats_per_token"] + self.config.codec.quantizer.commitment_weight * commitment,
             **metrics,
@@ -265,7 +268,7 @@ class RQVAETask(Task):
             # Perplexity over all that was summed up: over one batch it is capped by the vectors in it.
             perplexity = compute_perplexity(sums["code_counts"])
             for level in range(len(perplexity)):
-                metrics[f"codebook/distortion_{level}"] = float(sums["distortion"][level] / chunks)
+                metrics[f"codebook/distortion_{level}"] = float(sums["distortion"][level] / quantized)
                 metrics[f"codebook/window_perplexity_{level}"] = float(perplexity[level])
         return metrics
 
@@ -291,6 +294,11 @@ class RQTransformerTask(Task):
         return RQTransformer if self.config.latent_model.model == "rq_transformer" else FlatTransformer
 
     def check_data(self, dataset: CodeDataset) -> None:  # type: ignore[override]
+        if self.config.train.stochastic_codes and self._quantizer.codec_hash != dataset.codec_hash:
+            raise ValueError(
+                f"'{codes_directory(self.config)}/quantizer' is not of the codec that made the codes beside it; "
+                "remove the directory and run launch/precompute_codes.py --latents again"
+            )
         spatial = self.config.latent_model.spatial_backbone
         if self.config.latent_model.reads_tokens and spatial is not None and spatial.pretrained is not None:
             check_tokenizer(dataset.token_dataset.directory, spatial.pretrained)
@@ -354,7 +362,10 @@ class RQTransformerTask(Task):
     @cached_property
     def _quantizer(self) -> ResidualQuantizer:
         """The one that made the codes, at this run's temperature."""
-        quantizer = ResidualQuantizer.from_pretrained(codes_directory(self.config) / "quantizer")
+        directory = codes_directory(self.config) / "quantizer"
+        if not directory.is_dir():
+            raise ValueError(f"'{directory}' is missing; run launch/precompute_codes.py --latents again")
+        quantizer = ResidualQuantizer.from_pretrained(directory)
         temperature = self.config.codec.quantizer.code_temperature
         quantizer.config = quantizer.config.model_copy(update={"code_temperature": temperature})
         return quantizer

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipeline import StepLoader
+from data_pipeline import CodeDataset, StepLoader, TokenDataset
 from launch import checkpoints, tasks
 from launch.config import RunConfig, check_world_size, load_config
 from launch.dry_run import dry_run
 from launch.engine import (
     build_engine,
+    on_all_ranks,
     parameter_groups,
     resolve_precision,
     set_learning_rates,
@@ -68,10 +69,15 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     directory = run_directory(config, config.stage)
     run_hash = checkpoints.run_hash(config, precision)
     resumed = checkpoints.newest(directory / "checkpoints")
-    dataset = task.dataset("train")
-    checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
-    if resumed is None:
-        task.check_data(dataset)
+
+    def open_data() -> TokenDataset | CodeDataset:
+        dataset = task.dataset("train")
+        checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
+        if resumed is None:
+            task.check_data(dataset)
+        return dataset
+
+    dataset = on_all_ranks(open_data)
     environment: dict[str, Any] = {}
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)

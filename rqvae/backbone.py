@@ -178,8 +178,13 @@ def load_pretrained(source: str, backbone: PreTrainedModel, head: LinearHead | N
     targets = dict(backbone.named_parameters())
     missing = set(targets)
     head_loaded = head is None
+    is_tied = head is not None and head.weight is targets.get("embed_tokens.weight")
+    separate_head: Tensor | None = None
     with torch.no_grad():
         for name, tensor in pretrained.tensors():
+            if name == "lm_head.weight" and is_tied:
+                separate_head = tensor
+                continue
             if name in targets:
                 if targets[name].shape != tensor.shape:
                     problems.append(f"{name}: {tuple(tensor.shape)}, expected {tuple(targets[name].shape)}")
@@ -197,6 +202,8 @@ def load_pretrained(source: str, backbone: PreTrainedModel, head: LinearHead | N
                 else:
                     head.weight.copy_(tensor)
                 head_loaded = True
+    if separate_head is not None and not torch.equal(separate_head, targets["embed_tokens.weight"].cpu()):
+        problems.append("lm_head.weight: not the embeddings; set tie_word_embeddings: false")
     problems += [f"{name}: missing" for name in sorted(missing)]
     if not head_loaded:
         problems.append("lm_head.weight or embed_tokens.weight: missing")

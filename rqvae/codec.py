@@ -14,7 +14,7 @@ Codec = RQVAE | IdentityCodec
 
 def create_codec(config: RQVAEConfig) -> Codec:
     """The codec of a configuration, untrained."""
-    return IdentityCodec(config) if config.kind == "identity" else RQVAE(config)
+    return IdentityCodec(config) if config.model == "identity" else RQVAE(config)
 
 
 def load_codec(directory: str | Path) -> Codec:

@@ -128,7 +128,7 @@ class QuantizerConfig(StrictModel):
 class RQVAEConfig(StrictModel):
     """The codec: K tokens <-> one latent position of D residual codes."""
 
-    kind: Literal["rqvae", "identity"] = "rqvae"
+    model: Literal["rqvae", "identity"] = "rqvae"
     """identity: the codes are the tokens themselves (D = K, C = vocabulary and one for "no token"), nothing
     is learnt or lost (as in MEGABYTE, Yu 2023). The baseline that every codec must beat. Levels and sizes
     follow from the rest, and the settings of the networks have no effect."""
@@ -144,7 +144,8 @@ class RQVAEConfig(StrictModel):
     latent_dim: int = Field(default=256, gt=0)
     """L: width of the layers at latent resolution, on both sides of the quantizer."""
     num_latent_layers: int = Field(default=1, ge=0)
-    """Causal refinement layers at latent resolution, in the encoder and again in the decoder."""
+    """Refinement layers at latent resolution, in the encoder and again in the decoder; causal but for
+    `resample: reference`."""
     latent_head_dim: int = Field(default=64, gt=0)
     resample: Literal["chunked", "reference"] = "chunked"
     """chunked: chunks do not reach into each other and everything is causal. reference: overlapping
@@ -157,7 +158,7 @@ class RQVAEConfig(StrictModel):
     latent_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the quantized latent's entries set to 0 in training (CALM, Shao 2025)."""
     latent_noise: float = Field(default=0.0, ge=0)
-    """Gaussian noise on the quantized latents in training, relative to their root mean square."""
+    """Gaussian noise on the quantized latents in training, relative to their root mean square in the sample."""
     quantizer: QuantizerConfig = QuantizerConfig()
 
     @model_validator(mode="before")
@@ -165,11 +166,14 @@ class RQVAEConfig(StrictModel):
     def _identity_follows(cls, values: Any) -> Any:
         """Fill in what the identity codec's shape must be where it is left out, or null over an inherited value; a
         contradiction is found below."""
-        if not isinstance(values, dict) or values.get("kind") != "identity":
+        if not isinstance(values, dict) or values.get("model") != "identity":
             return values
-        try:
-            vocabulary = int(values["backbone"]["architecture"]["vocab_size"])
-        except (KeyError, TypeError, ValueError):
+        vocabulary: Any = values
+        for name in ("backbone", "architecture", "vocab_size"):
+            vocabulary = (
+                vocabulary.get(name) if isinstance(vocabulary, dict) else getattr(vocabulary, name, None)
+            )
+        if not isinstance(vocabulary, int):
             return values  # reported by the fields' own checks
         shape = {
             "codebook_levels": values.get(
@@ -201,8 +205,20 @@ class RQVAEConfig(StrictModel):
     @model_validator(mode="after")
     def _options_fit(self) -> RQVAEConfig:
         sizes, quantizer = set(self.codebook_sizes), self.quantizer
+        if self.model == "identity":
+            shape = (self.compression_factor, self.backbone.architecture.vocab_size + 1)
+            if (self.codebook_levels, *sizes) != shape:
+                raise ValueError(
+                    f"model: identity means codebook_levels {shape[0]} and codebook_size {shape[1]}; "
+                    "leave them out, or set them to null"
+                )
+            return self  # the networks' settings have no effect
         if quantizer.shared_codebook and len(sizes) > 1:
             raise ValueError(f"quantizer.shared_codebook: one codebook has one size, not {sorted(sizes)}")
+        if quantizer.shared_codebook and min(sizes) < self.codebook_levels:
+            raise ValueError(
+                f"quantizer.shared_codebook: {min(sizes)} entries do not go round {self.codebook_levels} levels"
+            )
         if quantizer.fsq_levels is not None:
             if len(quantizer.fsq_levels) != self.codebook_dim:
                 raise ValueError(
@@ -219,14 +235,14 @@ class RQVAEConfig(StrictModel):
                 f"resample: reference halves step by step, so compression_factor={self.compression_factor} "
                 "must be a power of 2"
             )
-        if self.kind == "identity":
-            shape = (self.compression_factor, self.backbone.architecture.vocab_size + 1)
-            if (self.codebook_levels, *sizes) != shape:
-                raise ValueError(
-                    f"kind: identity means codebook_levels {shape[0]} and codebook_size {shape[1]}; "
-                    "leave them out, or set them to null"
-                )
+        if self.resample == "reference" and self.encoder_context == "chunk":
+            raise ValueError("encoder_context: chunk is not alone with resample: reference, which overlaps")
         return self
+
+    @property
+    def sees_future(self) -> bool:
+        """Codes depend on the text after them: nothing can be generated or scored conditionally with them."""
+        return self.model == "rqvae" and self.resample == "reference"
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -242,6 +258,8 @@ class ResidualQuantizerConfig(StrictModel):
     codebook_sizes: tuple[int, ...]
     codebook_dim: int = Field(gt=0)
     quantizer: QuantizerConfig
+    codec_hash: str | None = None
+    """Hash of the codec that it is a part of."""
 
 
 class RQTransformerShape(StrictModel):

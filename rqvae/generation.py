@@ -49,6 +49,20 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     return torch.multinomial(shares, 1, generator=generator).squeeze(1)
 
 
+def check_pair(codec: Codec, latent_model: LatentModel) -> None:
+    """Refuse a latent model that was trained on the codes of another codec.
+
+    Raises:
+        ValueError: names both hashes.
+    """
+    expected = latent_model.config.codec_hash
+    if expected is not None and expected != (actual := codec.codec_hash()):
+        raise ValueError(
+            f"the latent model was trained on codes of codec {expected[:12]}, this codec is "
+            f"{actual[:12]}; train it on codes from this codec (launch/precompute_codes.py)"
+        )
+
+
 class LatentGenerator:
     """Generates text with a codec and the latent model trained on its codes.
 
@@ -63,17 +77,12 @@ class LatentGenerator:
     """
 
     def __init__(self, vae: Codec, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
-        if vae.config.resample == "reference":
+        if vae.config.sees_future:
             raise ValueError(
                 "codes made with resample: reference depend on the text after them, so they cannot be "
                 "generated in order; train a codec with resample: chunked"
             )
-        expected = rq_transformer.config.codec_hash
-        if expected is not None and expected != (actual := vae.codec_hash()):
-            raise ValueError(
-                f"the latent model was trained on codes of codec {expected[:12]}, this codec is "
-                f"{actual[:12]}; train it on codes from this codec (launch/precompute_codes.py)"
-            )
+        check_pair(vae, rq_transformer)
         self.vae = vae.eval()
         self.rq_transformer = rq_transformer.eval()
         self.tokenizer = tokenizer
@@ -154,9 +163,11 @@ class LatentGenerator:
                     if ended.all():
                         break
             if not is_last:
-                steps.append(codes, tokens[-1] if reads_tokens else None)
+                steps.append(codes, tokens[-1].clamp(min=0) if reads_tokens else None)
                 watch.add("spatial")
-        new_ids = torch.cat(tokens, dim=1)[:, :max_new_tokens].tolist()
+        # Places without a token are negative (`IdentityCodec`).
+        drawn = torch.cat(tokens, dim=1).tolist()
+        new_ids = [[token for token in ids if token >= 0][:max_new_tokens] for ids in drawn]
         if stop_at_end_of_text:
             new_ids = [_before(ids, self.tokenizer.eos_token_id) for ids in new_ids]
         return Generation(new_ids, torch.stack(blocks, dim=1), watch.timing())

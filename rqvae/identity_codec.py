@@ -1,7 +1,8 @@
 """The codec that compresses nothing: the codes of a chunk are its tokens.
 
 A latent model on these codes is MEGABYTE on tokens (Yu 2023): K tokens per spatial step, written one after another by
-the depth transformer, nothing lost. Its likelihood is exact, so it is what every learned codec has to beat.
+the depth transformer, nothing lost: what every learned codec has to beat. (Its likelihood is still a bound, if only
+just: the codes also say where a document begins on the chunk grid and which places it leaves empty.)
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ class IdentityCodec(nn.Module):
     Code i of a chunk is its token i; the one code beyond the vocabulary stands for a place without a token.
 
     Args:
-        config: with `kind: identity`.
+        config: with `model: identity`.
 
     Raises:
-        ValueError: the configuration is of another kind.
+        ValueError: the configuration is of another codec.
     """
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
-        if config.kind != "identity":
-            raise ValueError(f"an IdentityCodec needs kind: identity, not {config.kind}")
+        if config.model != "identity":
+            raise ValueError(f"an IdentityCodec needs model: identity, not {config.model}")
         self.config = config.model_copy(
             update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
         )
@@ -102,16 +103,16 @@ class IdentityCodec(nn.Module):
         known = tokens < self.absent
         certain = torch.full((*tokens.shape, self.absent), -torch.inf, device=codes.device)
         certain.scatter_(-1, tokens.clamp(max=self.absent - 1)[..., None], 0.0)
-        return torch.where(known[..., None], certain, torch.zeros_like(certain))
+        return certain.masked_fill_(~known[..., None], 0.0)
 
     def new_decoder_cache(self, batch_size: int, max_latents: int) -> Any:
         """For `decode_block`: nothing has to be remembered."""
         return None
 
     def decode_block(self, codes: Tensor, documents: Tensor, cache: Any) -> Tensor:
-        """Tokens of further latents: LongTensor [B, S, K] -> [B, S * K]; 0 where there is no token."""
+        """Tokens of further latents: LongTensor [B, S, K] -> [B, S * K]; -1 where there is no token."""
         tokens = codes.flatten(1)
-        return torch.where(tokens < self.absent, tokens, 0)
+        return torch.where(tokens < self.absent, tokens, -1)
 
     def _codes(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
         tokens = torch.where(document_ids > 0, input_ids, self.absent)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rqvae.codec import Codec
 from rqvae.latent_model import LatentModel
-from rqvae.rq_vae import RQVAE
 
 
 class LatentBound(NamedTuple):
@@ -32,14 +32,22 @@ class LatentBound(NamedTuple):
 
 @torch.inference_mode()
 def latent_bound(
-    vae: RQVAE, latent_model: LatentModel, input_ids: Tensor, document_ids: Tensor
+    vae: Codec, latent_model: LatentModel, input_ids: Tensor, document_ids: Tensor
 ) -> LatentBound:
     """Score packed documents; every real token is counted, end-of-text included, padding never.
 
     Args:
         input_ids: LongTensor [B, T].
         document_ids: LongTensor [B, T], 0 at padding.
+
+    Raises:
+        ValueError: codes that see the future under a model that reads the text: not a bound.
     """
+    if vae.config.sees_future and latent_model.config.reads_tokens:
+        raise ValueError(
+            "resample: reference with spatial_input: tokens is no bound: the codes are scored given the text, and "
+            "the text given later codes"
+        )
     scored = vae(input_ids, document_ids=document_ids)
     text = input_ids if latent_model.config.reads_tokens else None
     prior = latent_model(scored.codes, text, token_document_ids=document_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config", bound=BaseModel)
@@ -31,7 +32,7 @@ def save_model(model: nn.Module, config: BaseModel, directory: str | Path) -> No
         "format_version": FORMAT_VERSION,
         "config": config.model_dump(mode="json"),
     }
-    temporary = directory / "config.json.tmp"
+    temporary = directory / f"config.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(directory / "config.json")
 
@@ -56,7 +57,8 @@ def load_model(
         raise ValueError(f"'{directory}' holds a {content.get('model')}, not a {model_class.__name__}")
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"'{directory}' has format version {content.get('format_version')}, this is {FORMAT_VERSION}"
+            f"'{directory}' has format version {content.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}; train or convert the model again"
         )
     try:
         config = config_class.model_validate(content.get("config"))
@@ -120,9 +122,13 @@ def load_tensors(model: nn.Module, directory: Path) -> None:
 
 
 def content_hash(model: nn.Module, config: BaseModel) -> str:
-    """sha256 over configuration and every tensor's name, dtype, shape and bytes."""
+    """sha256 over configuration and every tensor's name, dtype, shape and bytes.
+
+    Settings at their defaults are left out, so that a new setting changes no hash.
+    """
     digest = hashlib.sha256()
-    digest.update(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -24,7 +24,7 @@ from rqvae.config import QuantizerConfig, ResidualQuantizerConfig
 
 BLOCK_DISTANCES = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Distances formed at a time, so that memory does not grow as vectors x C. Those of a CPU stay in its cache, which
-halves the time; a GPU wants large products."""
+halves the time; a GPU, of whatever make, wants large products."""
 
 INITIALISATION_VECTORS_PER_CODE = 32
 """k-means needs some tens of vectors per centroid; more only costs time (faiss's default minimum is 39)."""
@@ -41,7 +41,8 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
         LongTensor [N].
     """
     half_norms = codebook.square().sum(1) / 2
-    rows = max(1, BLOCK_DISTANCES[vectors.device.type] // codebook.shape[0])
+    limit = BLOCK_DISTANCES["cpu" if vectors.device.type == "cpu" else "cuda"]
+    rows = max(1, limit // codebook.shape[0])
     # |x - c|^2 / 2 = |x|^2 / 2 - x.c + |c|^2 / 2, and the first term is the same for every code.
     blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in vectors.split(rows)]
     return torch.cat(blocks) if blocks else vectors.new_zeros(0, dtype=torch.long)
@@ -155,12 +156,10 @@ class Quantizer(nn.Module):
         codebook: [C, E].
         ema_cluster_size: [C] moving average of the vectors assigned per step.
         ema_embed_sum: [C, E] moving average of their sum.
-        ema_distortion: [] moving average of the mean squared distance to the chosen entry.
         dead_replaced: [] int64, codes re-seeded since the start of training.
     """
 
     codebook: Tensor
-    ema_distortion: Tensor
     ema_cluster_size: Tensor
     ema_embed_sum: Tensor
     dead_replaced: Tensor
@@ -173,7 +172,6 @@ class Quantizer(nn.Module):
         self.register_buffer("codebook", torch.randn(codebook_size, dim).float())
         self.register_buffer("ema_cluster_size", torch.ones(codebook_size).float())
         self.register_buffer("ema_embed_sum", self.codebook.clone())
-        self.register_buffer("ema_distortion", torch.ones(()).float())
         self.register_buffer("dead_replaced", torch.zeros((), dtype=torch.long))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -194,21 +192,19 @@ class Quantizer(nn.Module):
         """Codebook entries: LongTensor [...] -> [..., E]."""
         return F.embedding(codes, self.codebook)
 
-    def soft_assignment(self, vectors: Tensor, temperature: float) -> Tensor:
-        """Probability of every code, p(code) ~ exp(-distance^2 / (temperature * mean distortion)).
-
-        Lee 2022, equation 13; the mean distortion of this level in training makes the temperature free of
-        scale.
+    def soft_assignment(self, vectors: Tensor, temperature: Tensor) -> Tensor:
+        """Probability of every code, p(code) ~ exp(-distance^2 / temperature) (Lee 2022, equation 13).
 
         Args:
             vectors: [N, E].
+            temperature: [], in squared distance.
 
         Returns:
             [N, C].
         """
         # |x|^2 is the same for every code and falls out of the softmax.
         distances = torch.addmm(self.codebook.square().sum(1), vectors, self.codebook.T, alpha=-2)
-        return (-distances / (temperature * self.ema_distortion.clamp(min=1e-12))).softmax(-1)
+        return (-distances / temperature.clamp(min=1e-12)).softmax(-1)
 
     def compute_perplexity(self) -> Tensor:
         """Perplexity of the moving-average usage, between 1 and C."""
@@ -218,18 +214,14 @@ class Quantizer(nn.Module):
     def initialize(self, vectors: Tensor, num_iterations: int, generator: torch.Generator) -> None:
         """k-means on `vectors` [N, E], the same on all ranks."""
         # Equal vectors do not make equal bits: sums run in another order on another device.
-        self.start_from(
-            from_first_rank(kmeans(vectors, self.codebook_size, num_iterations, generator)), vectors
-        )
+        self.start_from(from_first_rank(kmeans(vectors, self.codebook_size, num_iterations, generator)))
 
     @torch.no_grad()
-    def start_from(self, codebook: Tensor, vectors: Tensor) -> None:
-        """Take these entries [C, E], as if each had been used once per step; `vectors` [N, E] set the scale."""
+    def start_from(self, codebook: Tensor) -> None:
+        """Take these entries [C, E], as if each had been used once per step."""
         self.codebook.copy_(codebook)
         self.ema_cluster_size.fill_(1)
         self.ema_embed_sum.copy_(self.codebook)
-        left = vectors - self.embed(self.quantize(vectors))
-        self.ema_distortion.copy_(from_first_rank(left.square().sum(1).mean()))
 
     @torch.no_grad()
     def apply_ema(self, counts: Tensor, sums: Tensor, decay: float) -> None:
@@ -316,7 +308,7 @@ class ResidualQuantizerOutput(NamedTuple):
     """Result of residual quantization of [B, S, E]."""
 
     quantized: Tensor
-    """[B, S, E] sum of the chosen entries; the gradient passes straight through to the input."""
+    """[B, S, E] sum of the chosen entries of the kept levels; its gradient reaches the input as `gradient` says."""
     codes: Tensor
     """LongTensor [B, S, D]."""
     commitment_loss: Tensor
@@ -334,13 +326,19 @@ class ResidualQuantizer(nn.Module):
 
     Attributes:
         levels: the quantizers: one per level, or a single one that serves all (`shared_codebook`).
+        ema_distortion: buffer [D] fp32, moving average of the squared distance left after every level; the scale
+            of stochastic codes.
+        codec_hash: of the codec that it was saved from, if it was loaded by itself.
     """
+
+    ema_distortion: Tensor
 
     def __init__(self, codebook_sizes: tuple[int, ...], dim: int, config: QuantizerConfig):
         super().__init__()
         self.config = config
         self.dim = dim
         self.num_levels = len(codebook_sizes)
+        self.codec_hash: str | None = None
         self.levels: Sequence[Quantizer]
         if config.fsq_levels is not None:
             finer = 1 / torch.tensor(config.fsq_levels)  # n values leave 1 / n of the width
@@ -350,23 +348,36 @@ class ResidualQuantizer(nn.Module):
         else:
             sizes = codebook_sizes[:1] if config.shared_codebook else codebook_sizes
             self.levels = nn.ModuleList(Quantizer(size, dim) for size in sizes)  # type: ignore[assignment]
+        self.register_buffer("ema_distortion", torch.ones(self.num_levels).float())
         # Since the last update: residuals, per level [N, E] because sums over strided rows are slow; codes [N, D];
         # summed squared distances [D].
         self._pending: list[tuple[list[Tensor], Tensor, Tensor]] = []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualQuantizer:
+        before = self.ema_distortion
+        super()._apply(fn, recurse)
+        if self.ema_distortion.dtype in (torch.bfloat16, torch.float16):  # as in `Quantizer`
+            self.ema_distortion = before.to(self.ema_distortion.device)
+        return self
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ResidualQuantizer:
         """Load what `save_pretrained` wrote, in evaluation mode; ValueError if it is something else."""
 
         def create(config: ResidualQuantizerConfig) -> ResidualQuantizer:
-            return cls(config.codebook_sizes, config.codebook_dim, config.quantizer)
+            quantizer = cls(config.codebook_sizes, config.codebook_dim, config.quantizer)
+            quantizer.codec_hash = config.codec_hash
+            return quantizer
 
         return persistence.load_model(cls, ResidualQuantizerConfig, directory, create)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and safetensors."""
+    def save_pretrained(self, directory: str | Path, codec_hash: str | None = None) -> None:
+        """Write `config.json` and safetensors. `codec_hash` says which codec it is a part of."""
         config = ResidualQuantizerConfig(
-            codebook_sizes=self.codebook_sizes, codebook_dim=self.dim, quantizer=self.config
+            codebook_sizes=self.codebook_sizes,
+            codebook_dim=self.dim,
+            quantizer=self.config,
+            codec_hash=codec_hash,
         )
         persistence.save_model(self, config, directory)
 
@@ -380,8 +391,10 @@ class ResidualQuantizer(nn.Module):
         return tuple(self.level(index).codebook_size for index in range(self.num_levels))
 
     def bound(self, latents: Tensor) -> Tensor:
-        """Latents as they are quantized: brought into [-1, 1] for fixed grids, else as they are."""
-        return latents.tanh() if self.config.method == "fsq" else latents
+        """Latents as they are quantized: for fixed grids brought into [-1, 1], in fp32; else as they are."""
+        if self.config.method == "ema":
+            return latents
+        return latents.to(torch.promote_types(latents.dtype, torch.float32)).tanh()
 
     def forward(
         self, latents: Tensor, mask: Tensor, kept_levels: Tensor | None = None
@@ -423,10 +436,11 @@ class ResidualQuantizer(nn.Module):
         all_codes = torch.stack(codes, dim=1)
         if self.training:
             # The first residual may be the caller's own memory.
-            seen, seen_codes = [residuals[0].clone(), *residuals[1:]], all_codes
-            if not real.all():
+            if real.all():
+                seen, seen_codes = [residuals[0].clone(), *residuals[1:]], all_codes
+            else:
                 rows = torch.nonzero(real).squeeze(1)
-                seen, seen_codes = [level_residual[rows] for level_residual in seen], all_codes[rows]
+                seen, seen_codes = [level_residual[rows] for level_residual in residuals], all_codes[rows]
             self._pending.append((seen, seen_codes, torch.stack(distortion)))
         if kept_levels is None:
             kept = total
@@ -466,7 +480,8 @@ class ResidualQuantizer(nn.Module):
         targets: list[Tensor] = []
         for index in range(self.num_levels):
             level = self.level(index)
-            shares = level.soft_assignment(residual, self.config.code_temperature)
+            temperature = self.config.code_temperature * self.ema_distortion[index]
+            shares = level.soft_assignment(residual, temperature)
             if with_soft_targets:
                 targets.append(shares.view(*latents.shape[:2], -1))
             cumulative = shares.cumsum(1)
@@ -500,27 +515,29 @@ class ResidualQuantizer(nn.Module):
             raise ValueError("no real latent vectors to initialise the codebooks from")
         if self.config.shared_codebook:
             self._initialize_shared(residual, generator)
-        else:
-            for level in self.levels:
+        for index in range(self.num_levels):
+            level = self.level(index)
+            if not self.config.shared_codebook:
                 level.initialize(residual, self.config.kmeans_iterations, generator)
-                residual = residual - level.embed(level.quantize(residual))
+            residual = residual - level.embed(level.quantize(residual))
+            self.ema_distortion[index] = from_first_rank(residual.square().sum(1).mean())
         self._pending.clear()
 
-    def _initialize_shared(self, residual: Tensor, generator: torch.Generator) -> None:
+    def _initialize_shared(self, vectors: Tensor, generator: torch.Generator) -> None:
         """One codebook of entries for every level: C / D from k-means on each level's residuals.
 
         k-means on the latents alone would give deeper levels no entry small enough.
         """
         only = self.levels[0]
         parts, left = [], only.codebook_size
-        rest = residual
+        rest = vectors
         for index in range(self.num_levels):
             share = left // (self.num_levels - index)
             part = from_first_rank(kmeans(rest, share, self.config.kmeans_iterations, generator))
             rest = rest - part[nearest(rest, part)]
             left -= share
             parts.append(part)
-        only.start_from(torch.cat(parts), residual)
+        only.start_from(torch.cat(parts))
 
     @torch.no_grad()
     def update_codebook_ema(self, step: int, seed: int) -> list[int]:
@@ -548,23 +565,26 @@ class ResidualQuantizer(nn.Module):
         codes = list(_joined([seen for _, seen, _ in pending]).unbind(1))
         distortion = torch.stack([seen for _, _, seen in pending]).sum(0)
         self._pending = []
+        num_vectors = distortion.new_tensor([len(residuals[0])])
         if self.config.shared_codebook:
-            # Its only quantizer served all levels.
-            residuals, codes, distortion = [_joined(residuals)], [_joined(codes)], distortion.sum()[None]
-        parts: list[Tensor] = [distortion]
+            # Its only quantizer served all levels. Vector by vector, so that the joined order is that of the
+            # samples on any number of ranks.
+            residuals = [torch.stack(residuals, dim=1).flatten(0, 1)]
+            codes = [torch.stack(codes, dim=1).flatten()]
+        parts: list[Tensor] = [num_vectors, distortion]
         for level, its_residuals, its_codes in zip(self.levels, residuals, codes, strict=True):
             parts += sum_by_code(its_residuals, its_codes, level.codebook_size)
         # One message for all levels.
         joined = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
-        distortion, *pieces = joined.split([part.numel() for part in parts])
+        num_vectors, distortion, *pieces = joined.split([part.numel() for part in parts])
+        if num_vectors > 0:
+            mean = (distortion / num_vectors).to(self.ema_distortion.dtype)
+            self.ema_distortion.lerp_(mean, 1 - self.config.ema_decay)
         replaced = []
         for i, level in enumerate(self.levels):
             counts, sums = pieces[2 * i], pieces[2 * i + 1].view(-1, self.dim)
             dtype = level.codebook.dtype
             level.apply_ema(counts.to(dtype), sums.to(dtype), self.config.ema_decay)
-            if (num_vectors := counts.sum()) > 0:
-                mean = distortion[i] / num_vectors
-                level.ema_distortion.lerp_(mean.to(level.ema_distortion.dtype), 1 - self.config.ema_decay)
             replaced.append(0)
             if self.config.threshold_ema_dead_code and step % self.config.dead_code_interval == 0:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + i)
@@ -578,7 +598,7 @@ class ResidualQuantizer(nn.Module):
         self._pending.clear()
 
     def usage_metrics(self) -> dict[str, float]:
-        """Per-level statistics for logs: perplexity, share of codes in use, re-seeded codes."""
+        """Statistics for logs, per codebook: perplexity, share of codes in use, re-seeded codes."""
         summary: dict[str, float] = {}
         for i, level in enumerate(self.levels):
             usage = level.ema_cluster_size

@@ -69,8 +69,9 @@ def uniform(seeds: Tensor, purpose: int, *shape: int) -> Tensor:
     """
     index = torch.arange(1, math.prod(shape) + 1, device=seeds.device)
     base = _mix(seeds + torch.full_like(seeds, purpose) * _MIX_1)
-    bits = _shifted(_mix(base[:, None] + index * _GAMMA), 40)  # 24 bits, what fp32 holds
-    return ((bits.float() + 0.5) / (1 << 24)).view(-1, *shape)
+    # 23 bits, so that fp32 holds the halves between them too and neither 0 nor 1 comes out.
+    bits = _shifted(_mix(base[:, None] + index * _GAMMA), 41)
+    return ((bits.float() + 0.5) / (1 << 23)).view(-1, *shape)
 
 
 def normal(seeds: Tensor, purpose: int, *shape: int) -> Tensor:

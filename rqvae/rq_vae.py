@@ -49,8 +49,8 @@ class RQVAE(nn.Module):
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
-        if config.kind != "rqvae":
-            raise ValueError(f"an RQVAE needs kind: rqvae; kind: {config.kind} has nothing to train")
+        if config.model != "rqvae":
+            raise ValueError(f"an RQVAE needs model: rqvae; model: {config.model} has nothing to train")
         # Where the weights once started from is the run's business: a saved codec is complete without it.
         self.config = config.model_copy(
             update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
@@ -182,9 +182,10 @@ class RQVAE(nn.Module):
             return latents
         assert seeds is not None
         if noise:
-            mean_square = (latents.detach().square().mean(-1) * real).sum() / real.sum().clamp(min=1)
+            # By sample, so that it does not matter which others are in the batch.
+            mean_square = (latents.detach().square().mean(-1) * real).sum(1) / real.sum(1).clamp(min=1)
             drawn = normal(seeds, Purpose.LATENT_NOISE, *latents.shape[1:]).to(latents.dtype)
-            latents = latents + noise * mean_square.sqrt() * drawn
+            latents = latents + noise * mean_square.sqrt()[:, None, None] * drawn
         if dropout:
             kept = uniform(seeds, Purpose.LATENT_DROPOUT, *latents.shape[1:]) >= dropout
             latents = latents * kept / (1 - dropout)

@@ -62,7 +62,7 @@ def test_codes_and_latents_on_disk_are_those_of_the_codec(project: list[str]) ->
     quantizer = ResidualQuantizer.from_pretrained(codes_directory(config) / "quantizer")
     for level, expected in zip(quantizer.levels, codec.quantizer.levels, strict=True):
         assert torch.equal(level.codebook, expected.codebook)
-        assert torch.equal(level.ema_distortion, expected.ema_distortion)
+    assert torch.equal(quantizer.ema_distortion, codec.quantizer.ema_distortion)
 
 
 def test_stochastic_codes_are_drawn_by_step_and_sample(project: list[str]) -> None:
@@ -101,7 +101,7 @@ def test_stochastic_codes_need_latents(project: list[str], tmp_path: Path) -> No
         RQTransformerTask(stochastic(overrides)).dataset("train")
 
 
-IDENTITY = ["codec.kind=identity", "codec.codebook_levels=null", "codec.codebook_size=null"]
+IDENTITY = ["codec.model=identity", "codec.codebook_levels=null", "codec.codebook_size=null"]
 
 
 def identity(overrides: list[str], run_root: Path) -> list[str]:

@@ -25,6 +25,8 @@ SIZES, DIM, NUM_STEPS = (16, 8, 8), 6, 12
 BATCH, LENGTH = 2, 20
 
 CONFIG = QuantizerConfig(ema_decay=0.8, dead_code_interval=3, threshold_ema_dead_code=0.3)
+SHARED = "one_codebook_for_all_levels"
+"""Run as `every_rank_has_data`, with a shared codebook."""
 
 Script = Callable[[int, int], tuple[Tensor, Tensor]]
 """Maps (rank, step) to latents [B, S, E] and mask [B, S]; step 0 is the k-means initialisation."""
@@ -62,10 +64,13 @@ SCRIPTS: dict[str, Script] = {
 }
 
 
-def learn(play: Callable[[int], list[tuple[Tensor, Tensor]]], rank: int = 0) -> dict[str, Tensor]:
+def learn(
+    play: Callable[[int], list[tuple[Tensor, Tensor]]], rank: int = 0, is_shared: bool = False
+) -> dict[str, Tensor]:
     """Initialise and take all steps on the micro-batches of `play`: the buffers, and the re-seeded codes by step."""
     torch.manual_seed(0)
-    quantizer = ResidualQuantizer(SIZES, DIM, CONFIG).train()
+    config = CONFIG.model_copy(update={"shared_codebook": is_shared})
+    quantizer = ResidualQuantizer(SIZES[:1] * 3 if is_shared else SIZES, DIM, config).train()
     # From here on the global random state is a rank's own business and must not matter.
     torch.manual_seed(rank)
     quantizer.initialize(torch.cat([latents[mask] for latents, mask in play(0)]), seed=5)
@@ -87,7 +92,8 @@ def run_rank(rank: int, world_size: int, directory: str) -> None:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
-    for name, script in {**SCRIPTS, UNEVEN_ROUNDING: every_rank_has_data}.items():
+    scripts = {**SCRIPTS, SHARED: every_rank_has_data, UNEVEN_ROUNDING: every_rank_has_data}
+    for name, script in scripts.items():
         if name == UNEVEN_ROUNDING:
             quantizer_module.kmeans = lambda *args: kmeans(*args) * (1 + 1e-5 * rank)
 
@@ -95,7 +101,8 @@ def run_rank(rank: int, world_size: int, directory: str) -> None:
             latents, mask = script(rank, step)
             return list(zip(latents.split(1), mask.split(1), strict=True))
 
-        save_file(learn(micro_batches, rank), f"{directory}/{name}-{rank}.safetensors")
+        learnt = learn(micro_batches, rank, name == SHARED)
+        save_file(learnt, f"{directory}/{name}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -117,7 +124,7 @@ def ranks(
     return read
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, UNEVEN_ROUNDING])
+@pytest.mark.parametrize("name", [*SCRIPTS, SHARED, UNEVEN_ROUNDING])
 def test_all_ranks_hold_the_same_bits(ranks: Callable[[str], list[dict[str, Tensor]]], name: str) -> None:
     first, *others = ranks(name)
     for other in others:
@@ -125,12 +132,13 @@ def test_all_ranks_hold_the_same_bits(ranks: Callable[[str], list[dict[str, Tens
             assert torch.equal(other[key], expected), key
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, SHARED])
 def test_ranks_learn_what_one_process_learns_from_the_joined_batch(
     ranks: Callable[[str], list[dict[str, Tensor]]], name: str
 ) -> None:
     buffers = ranks(name)
-    joined = learn(lambda step: [SCRIPTS[name](rank, step) for rank in range(len(buffers))])
+    script, is_shared = SCRIPTS.get(name, every_rank_has_data), name == SHARED
+    joined = learn(lambda step: [script(rank, step) for rank in range(len(buffers))], is_shared=is_shared)
     for key, expected in joined.items():
         actual = buffers[0][key]
         if key.startswith("initial."):
@@ -138,7 +146,7 @@ def test_ranks_learn_what_one_process_learns_from_the_joined_batch(
         else:
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=key)
     # Each rank has something to tell: alone, it would have learnt something else.
-    alone = learn(lambda step: [SCRIPTS[name](0, step)])
+    alone = learn(lambda step: [script(0, step)], is_shared=is_shared)
     for key in ("initial.levels.0.codebook", "levels.0.codebook"):
         same = torch.allclose(alone[key], joined[key], atol=1e-2)
         assert same == (name == "rank_one_has_padding_only" and len(buffers) == 2 and key[0] == "i"), key
@@ -149,6 +157,7 @@ def test_codes_died_and_were_reseeded(ranks: Callable[[str], list[dict[str, Tens
     replaced = ranks("every_rank_has_data")[0]["replaced"]
     assert (replaced.sum(0) > 0).sum() >= 2
     assert (replaced[[0, 1, 3, 4]] == 0).all()
+    assert ranks(SHARED)[0]["replaced"].sum() > 0
     with_padding = ranks("rank_one_has_padding_only")[0]["replaced"]
     assert with_padding.sum() > 0
     without_data = ranks("no_rank_has_data_after_the_start")[0]

@@ -51,8 +51,6 @@ def test_extends_merges_over_the_parent(tmp_path: Path) -> None:
 def test_another_kind_replaces_the_parents_mapping() -> None:
     assert merge({"s": {"kind": "a", "x": 1}}, {"s": {"kind": "b"}}) == {"s": {"kind": "b"}}
     assert merge({"s": {"kind": "a", "x": 1}}, {"s": {"y": 2}}) == {"s": {"kind": "a", "x": 1, "y": 2}}
-    # A parent that names no kind is one of the kind that the child names.
-    assert merge({"s": {"x": 1}}, {"s": {"kind": "b"}}) == {"s": {"kind": "b", "x": 1}}
 
 
 def test_inline_files_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:

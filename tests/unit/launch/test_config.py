@@ -33,13 +33,16 @@ def mistakes(path: Path, *overrides: str, stage: Any = None) -> list[str]:
 @pytest.mark.parametrize("stage", [None, *STAGES])
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_for_every_stage(path: Path, stage: Any) -> None:
+    if path.stem == "identity" and stage in ("rqvae", "joint"):
+        assert "nothing to train" in mistakes(path, stage=stage)[0]
+        return
     config = load_config(path, stage=stage)
     assert config.stage == stage
     assert config.name == path.stem
     assert check_world_size(config, 1) >= 1
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_config_names_the_backbone_of_its_size(path: Path) -> None:
     written = yaml.safe_load((CONFIGS / "backbones" / path.name).read_text())
     assert load_config(path).codec.backbone.architecture.model_dump() == written

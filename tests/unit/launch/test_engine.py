@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from launch.config import TrainConfig
 from launch.engine import (
     learning_rate_factor,
+    on_all_ranks,
     parameter_groups,
     recompute_activations,
     resolve_precision,
@@ -136,3 +141,25 @@ def test_only_finite_losses_reach_the_optimizer(tmp_path: object) -> None:
             agree(torch.tensor(float("nan"), dtype=torch.float64), None, 5, 0, samples)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_one_rank_s_mistake_is_everybody_s(tmp_path: Path) -> None:
+    mp.spawn(_try_to_agree, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert texts == ["fine 0; on rank 1: no such shard", "fine 1; no such shard"]
+
+
+def _try_to_agree(rank: int, directory: str) -> None:
+    dist.init_process_group("gloo", f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    said = on_all_ranks(lambda: f"fine {rank}")
+
+    def fail_on_rank_one() -> None:
+        if rank == 1:
+            raise ValueError("no such shard")
+
+    try:
+        on_all_ranks(fail_on_rank_one)
+    except ValueError as error:
+        said += f"; {error}"
+    Path(directory, str(rank)).write_text(said)
+    dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from launch import prompt_lengths
-from launch.prompt_lengths import by_prompt_length, long_documents
+from launch.prompt_lengths import by_prompt_length, long_documents, phase_effects
 from rqvae import IdentityCodec, RQTransformer, RQTransformerConfig, RQVAEConfig
 
 ARCHITECTURE = {
@@ -59,7 +59,7 @@ def models() -> tuple[IdentityCodec, RQTransformer]:
     torch.manual_seed(0)
     codec = IdentityCodec(
         RQVAEConfig.model_validate(
-            {"kind": "identity", "compression_factor": 4, "backbone": {"architecture": ARCHITECTURE}}
+            {"model": "identity", "compression_factor": 4, "backbone": {"architecture": ARCHITECTURE}}
         )
     )
     config = RQTransformerConfig(
@@ -98,19 +98,22 @@ def test_every_length_scores_the_same_continuation(
     assert [row["length_modulo"] for row in result["phases"]] == [1, 2, 3, 0]
     excess = [row["excess_nats_per_token"] for row in result["phases"]]
     assert np.isclose(sum(excess), 0)
-    rows = np.array([row["nats_per_token"] for row in result["rows"]])
-    line = np.polyval(np.polyfit(range(16), rows, 1), range(16))
-    assert np.allclose(excess, (rows - line).reshape(4, 4).mean(0))
 
 
-def test_a_model_that_minds_the_phase_is_found_out(models: tuple[IdentityCodec, RQTransformer]) -> None:
-    codec, model = models
-    # The code for "no token" in the first place pushes every later prediction off.
-    with torch.no_grad():
-        model.spatial.embedding.table.weight[40] = 30.0
-    phases = by_prompt_length(codec, model, Documents([[60, 60], [60]]), torch.device("cpu"))["phases"]  # type: ignore[arg-type]
-    by_phase = {row["length_modulo"]: row for row in phases}
-    assert abs(by_phase[0]["excess_nats_per_token"]) > 5 * by_phase[0]["standard_error"]
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_what_context_does_is_not_taken_for_the_phase(factor: int) -> None:
+    lengths = np.arange(1, 4 * factor + 1)[:, None]
+    slopes = np.random.default_rng(0).uniform(0.5, 2, size=(1, 20))
+    for curve in (3 + 0 * lengths, 3 - 0.1 * lengths, 3 + 1 / lengths, 3 - np.log(lengths)):
+        effects = phase_effects(curve * slopes, factor)
+        assert effects.shape == (factor, 20)
+        assert np.allclose(effects, 0, atol=1e-9)
+
+
+def test_a_phase_that_matters_is_found() -> None:
+    lengths = np.arange(1, 17)[:, None]
+    nats = 3 + 1 / lengths + 0.2 * (lengths % 4 == 1) + np.zeros((1, 5))
+    assert np.allclose(phase_effects(nats, 4), np.array([[0.15], [-0.05], [-0.05], [-0.05]]))
 
 
 def test_no_long_documents_no_rows(models: tuple[IdentityCodec, RQTransformer]) -> None:

@@ -18,7 +18,7 @@ MakeConfig = Callable[..., RQVAEConfig]
 @pytest.fixture
 def codec(make_architecture: Callable[..., Any]) -> IdentityCodec:
     config = RQVAEConfig.model_validate(
-        {"kind": "identity", "backbone": {"architecture": make_architecture().model_dump()}}
+        {"model": "identity", "backbone": {"architecture": make_architecture().model_dump()}}
     )
     made = create_codec(config)
     assert isinstance(made, IdentityCodec)
@@ -69,9 +69,9 @@ def test_saved_and_loaded_it_is_the_same_codec(
     assert learned.codec_hash() != codec.codec_hash()
     with pytest.raises(ValueError, match="holds a IdentityCodec, not a RQVAE"):
         RQVAE.from_pretrained(tmp_path / "identity")
-    with pytest.raises(ValueError, match="kind: identity has nothing to train"):
+    with pytest.raises(ValueError, match="model: identity has nothing to train"):
         RQVAE(codec.config)
-    with pytest.raises(ValueError, match="needs kind: identity"):
+    with pytest.raises(ValueError, match="needs model: identity"):
         IdentityCodec(learned.config)
 
 

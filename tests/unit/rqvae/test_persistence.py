@@ -142,7 +142,7 @@ def damage_config_empty(directory: Path) -> None:
 
 def damage_config_absent(directory: Path) -> None:
     path = directory / "config.json"
-    path.write_text(json.dumps({"model": "RQVAE", "format_version": 1}))
+    path.write_text(json.dumps({"model": "RQVAE", "format_version": 2}))
 
 
 def damage_config_misspelt(directory: Path) -> None:
