@@ -63,3 +63,21 @@ def test_stop_file_saves_and_the_next_start_finishes(tmp_path: Path, nano_data: 
     second = run(command)
     assert second.returncode == 0, second.stdout + second.stderr
     assert losses(tmp_path, "stopped") == losses(tmp_path, "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["codec.backbone.shared=true"], ["train.activation_checkpointing=true"]],
+    ids=["shared backbone", "activation checkpointing"],
+)
+def test_options_under_zero_3_learn_what_one_process_learns(
+    tmp_path: Path, nano_data: list[str], options: list[str]
+) -> None:
+    alone = [sys.executable, "launch/train.py", *settings(tmp_path, "alone", nano_data, *options)]
+    for command in (
+        [*alone, "train.zero_stage=0"],
+        [*launcher(2), *settings(tmp_path, "zero3", nano_data, *options)],
+    ):
+        result = run(command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(tmp_path, "zero3") == pytest.approx(losses(tmp_path, "alone"), rel=1e-5)
