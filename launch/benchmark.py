@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         update_report(args.report, {"speed": result})
         print(f"Report: {args.report}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"Result: {args.json}")
     return 0

@@ -90,17 +90,9 @@ def _point(config: RQTransformerConfig, tokens: int, repeats: int, device: torch
 
 def flat_of_equal_size(config: RQTransformerConfig) -> FlatTransformer:
     """The flat transformer of the same width whose parameters come nearest to the RQ-transformer's."""
-
-    def count(model: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    with torch.device("meta"):
-        wanted = count(RQTransformer(config))
-        one, two = (
-            count(FlatTransformer(config.model_copy(update={"spatial_layers": layers}))) for layers in (1, 2)
-        )
-    layers = max(1, 1 + round((wanted - one) / (two - one)))
-    return FlatTransformer(config.model_copy(update={"spatial_layers": layers}))
+    # Parameters do not depend on the length.
+    match = flops.match_flat_transformer(config, num_latents=1, by="parameters")
+    return FlatTransformer(config.model_copy(update={"spatial_layers": match.layers}))
 
 
 def _training_pass(model: nn.Module, config: RQTransformerConfig, positions: int) -> Callable[[], Any]:

@@ -26,7 +26,7 @@ from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory
 from launch.progress import Progress
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
-from rqvae.codec import Codec
+from rqvae.loading import Codec
 
 SPLITS = ("train", "validation")  # what training reads; evaluation encodes the test split itself
 

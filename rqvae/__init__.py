@@ -27,10 +27,10 @@ _HOME = {
     "TextDecoder": "decoder",
     "TextEncoder": "encoder",
     "TransformerBlock": "layers",
-    "create_codec": "codec",
+    "create_codec": "loading",
     "latent_bound": "likelihood",
-    "load_codec": "codec",
-    "load_latent_model": "latent_model",
+    "load_codec": "loading",
+    "load_latent_model": "loading",
 }
 
 __all__ = sorted(_HOME)

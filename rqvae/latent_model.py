@@ -276,20 +276,3 @@ def _soft_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, targets
         nats = (-label_logits).masked_fill(weights == 0, 0.0)
         correct = log_probabilities.amax(1) == label_logits
     return HeadOutput(torch.dot(losses, weights.float()), nats, correct)
-
-
-def load_latent_model(directory: str | Path) -> LatentModel:
-    """The latent model in a directory, whichever class wrote it, in evaluation mode.
-
-    Raises:
-        ValueError: the directory is missing, damaged or holds something else.
-    """
-    from rqvae.flat_transformer import FlatTransformer
-    from rqvae.rq_transformer import RQTransformer
-
-    name = persistence.read_config(Path(directory)).get("model")
-    classes: tuple[type[LatentModel], ...] = (RQTransformer, FlatTransformer)
-    for model_class in classes:
-        if name == model_class.__name__:
-            return model_class.from_pretrained(directory)
-    raise ValueError(f"'{directory}' holds a {name}, not a latent model")

@@ -445,7 +445,7 @@ class ResidualQuantizer(nn.Module):
         if kept_levels is None:
             kept = total
         if self.config.method == "fsq":
-            commitment = commitment * 0  # a grid has nothing to be near to (Mentzer 2023, table 1)
+            commitment = vectors.new_zeros(())  # a grid has nothing to be near to (Mentzer 2023, table 1)
         if self.config.gradient == "rotation":
             quantized = rotate_to(vectors, kept)
         else:

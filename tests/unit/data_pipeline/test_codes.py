@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from data_pipeline import (
     CodeDataset,
@@ -36,7 +36,9 @@ def codes_of(samples: range) -> NDArray[np.int64]:
     return (numbers * 7 + np.arange(8)[None, :, None] + np.arange(2)) % np.array(SIZES)
 
 
-def write(directory: Path, tokens: TokenDataset, shard: int, codec: str = CODEC) -> None:
+def write(
+    directory: Path, tokens: TokenDataset, shard: int, codec: str = CODEC, latents: ArrayLike | None = None
+) -> None:
     write_code_shard(
         directory,
         tokens.split,
@@ -46,6 +48,7 @@ def write(directory: Path, tokens: TokenDataset, shard: int, codec: str = CODEC)
         codec_hash=codec,
         compression_factor=4,
         codebook_sizes=SIZES,
+        latents=latents,
     )
 
 
@@ -207,24 +210,10 @@ def latents_of(samples: range) -> NDArray[np.float32]:
     )
 
 
-def write_with_latents(directory: Path, tokens: TokenDataset, shard: int, latents: object) -> None:
-    write_code_shard(
-        directory,
-        tokens.split,
-        shard,
-        codes_of(tokens.shard_range(shard)),
-        token_dataset=tokens,
-        codec_hash=CODEC,
-        compression_factor=4,
-        codebook_sizes=SIZES,
-        latents=latents,
-    )
-
-
 def test_latents_are_kept_beside_the_codes(built: Path, codes: Path, tmp_path: Path) -> None:
     tokens = TokenDataset(built, "train")
     for shard in range(len(tokens.shards)):
-        write_with_latents(tmp_path, tokens, shard, latents_of(tokens.shard_range(shard)))
+        write(tmp_path, tokens, shard, latents=latents_of(tokens.shard_range(shard)))
         for wanted in (False, True):
             assert code_shard_is_done(
                 tmp_path,
@@ -260,7 +249,7 @@ def test_latents_that_do_not_fit_are_refused(built: Path, tmp_path: Path, value:
     tokens = TokenDataset(built, "train")
     latents = latents_of(tokens.shard_range(0))
     with pytest.raises(ValueError, match="have shape"):
-        write_with_latents(tmp_path, tokens, 0, latents[:, :4])
+        write(tmp_path, tokens, 0, latents=latents[:, :4])
     latents[3, 2, 1] = value
     with pytest.raises(ValueError, match="do not fit fp16"):
-        write_with_latents(tmp_path, tokens, 0, latents)
+        write(tmp_path, tokens, 0, latents=latents)
