@@ -309,8 +309,9 @@ def test_parameter_counts(name: str, expected: int, make_codec_config: Make) -> 
     config: RQVAEConfig = make_codec_config(
         architecture=architecture, latent_dim=512, latent_head_dim=64, num_latent_layers=2, codebook_dim=16
     )
+    shared_config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"shared": True})})
     with torch.device("meta"):
-        base_lm, codec = BaseLM(architecture, EOS), RQVAE(config)
+        base_lm, codec, shared = BaseLM(architecture, EOS), RQVAE(config), RQVAE(shared_config)
 
     def count(parameters: Any) -> int:
         return sum(p.numel() for p in {id(p): p for p in parameters}.values())
@@ -326,6 +327,9 @@ def test_parameter_counts(name: str, expected: int, make_codec_config: Make) -> 
     encoder = 3 * hidden + factor * 2 * hidden * latent + latent + refinement + latent * dim + dim
     decoder = dim * latent + latent + refinement + latent * factor * hidden + factor * hidden
     assert count(codec.parameters()) == 2 * layers + 2 * table + encoder + decoder
+    # One set of weights for both: the base LM as it is, tied or not, and the new layers.
+    assert count(shared.backbone_parameters()) == expected
+    assert count(shared.parameters()) == expected + encoder + decoder
 
 
 # Lean cached decoding -----------------------------------------------------------------------------------
