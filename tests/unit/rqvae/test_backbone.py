@@ -309,7 +309,9 @@ def test_parameter_counts(name: str, expected: int, make_codec_config: Make) -> 
     config: RQVAEConfig = make_codec_config(
         architecture=architecture, latent_dim=512, latent_head_dim=64, num_latent_layers=2, codebook_dim=16
     )
-    shared_config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"shared": True})})
+    shared_config = config.model_copy(
+        update={"backbone": config.backbone.model_copy(update={"shared": True})}
+    )
     with torch.device("meta"):
         base_lm, codec, shared = BaseLM(architecture, EOS), RQVAE(config), RQVAE(shared_config)
 
