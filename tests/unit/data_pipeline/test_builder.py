@@ -130,7 +130,7 @@ def test_tasks_and_merge_end_in_the_same_bytes(
     config = several(tmp_path / "tokens")
     build_task(config, 2, 3)
     build_task(config, 0, 3)
-    with pytest.raises(DatasetError, match=r"2 of 5 files are not built yet \(.*1\.jsonl"):
+    with pytest.raises(DatasetError, match=r"2 of 5 parts of the source are not built yet \(.*1\.jsonl"):
         merge(config)
     assert not (tmp_path / "tokens/manifest.json").exists()
     with pytest.raises(NotADatasetError, match="did not finish; run the same build command again"):
