@@ -61,7 +61,11 @@ def test_errors_stop_the_others() -> None:
         map_in_processes(half_or_fail, [99, 1], 2)
 
 
-SLEEPERS = "import time; from data_pipeline.workers import map_in_processes; map_in_processes(time.sleep, [600.0] * 2, 2)"
+SLEEPERS = """
+import time
+from data_pipeline.workers import map_in_processes
+map_in_processes(time.sleep, [600.0, 600.0], 2)
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
