@@ -62,9 +62,12 @@ def test_errors_stop_the_others() -> None:
 
 
 SLEEPERS = """
-import time
+import sys, time
 from data_pipeline.workers import map_in_processes
-map_in_processes(time.sleep, [600.0, 600.0], 2)
+try:
+    map_in_processes(time.sleep, [600.0, 600.0], 2)
+except KeyboardInterrupt:
+    sys.exit("stopped")
 """
 
 
@@ -77,6 +80,25 @@ def test_workers_die_with_their_parent(number: signal.Signals) -> None:
     workers = descendants(parent.pid)
     parent.send_signal(number)
     assert parent.wait() == -number
+    wait_until(lambda: not any(runs(pid) for pid in workers), 20)
+
+
+def takes_interrupts(pid: int) -> bool:
+    """Whether SIGINT would reach the process: it is neither blocked nor ignored."""
+    lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return not (int(lines["SigBlk"], 16) | int(lines["SigIgn"], 16)) & 1 << signal.SIGINT - 1
+
+
+def test_workers_do_not_see_ctrl_c_from_their_start_on() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SLEEPERS], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: len(descendants(parent.pid)) == 3)
+    workers = descendants(parent.pid)
+    wait_until(lambda: takes_interrupts(parent.pid))  # held back only while it starts them
+    assert not any(takes_interrupts(pid) for pid in workers)
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=20)[1] == "stopped\n"
     wait_until(lambda: not any(runs(pid) for pid in workers), 20)
 
 
