@@ -18,7 +18,7 @@ from data_pipeline.files import sha256_file, sha256_json
 from data_pipeline.source_files import expand, hash_file, opened
 
 _ROWS_AT_A_TIME = 1024
-_FOOTERS_AT_A_TIME = 16
+_FILES_AT_A_TIME = 16
 
 
 class Document(NamedTuple):
@@ -152,7 +152,8 @@ class _Files:
 
     @cached_property
     def _hashes(self) -> list[str]:
-        return [hash_file(path) for path in self._paths]
+        with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+            return list(pool.map(hash_file, self._paths))
 
     def units(self) -> Sequence[str]:
         return self._paths
@@ -175,7 +176,7 @@ class _ParquetFiles(_Files):
     @cached_property
     def _row_groups(self) -> list[int]:
         """Of every file; reads no more of it than its footer."""
-        with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
             return list(pool.map(_num_row_groups, self._paths))
 
     @cached_property
