@@ -1,4 +1,4 @@
-"""Commands on token shards: `python -m data_pipeline {build,verify,inspect,stats} --help`."""
+"""Commands on token shards: `python -m data_pipeline {build,deduplicate,verify,inspect,stats} --help`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from rqvae.config import StrictModel
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
+
+
+_GRIDS = (1, 2, 4, 8, 16, 32)
 
 
 class _DataSection(StrictModel):
@@ -46,6 +49,11 @@ def _summary(manifest: Manifest) -> str:
             f"{name:<12}{split.samples:>12,}{split.real_tokens:>15,}{split.documents:>12,}"
             f"{split.bytes / 1e6:>10.2f}{len(split.shards):>8}"
         )
+    duplicates = manifest.source.description.get("exact_duplicates")
+    if isinstance(duplicates, dict) and "removed" in duplicates:
+        lines.append(
+            f"exact duplicates left out: {duplicates['removed']:,} of {duplicates['documents']:,} documents"
+        )
     return "\n".join(lines)
 
 
@@ -68,6 +76,27 @@ def _build(arguments: argparse.Namespace) -> int:
     print(_summary(manifest))
     print(f"token shards: {config.directory} (fingerprint {manifest.fingerprint[:16]})")
     print(f"next: deepspeed launch/train.py --config {arguments.config} --stage base_lm")
+    return 0
+
+
+def _deduplicate(arguments: argparse.Namespace) -> int:
+    from data_pipeline import builder
+
+    config = read_data_config(arguments.config, arguments.overrides)
+    command = f"python -m data_pipeline {{}} --config {arguments.config}"
+    if arguments.task_index is not None:
+        workers = arguments.num_workers or 1
+        builder.deduplicate_task(config, arguments.task_index, arguments.num_tasks, num_workers=workers)
+        print(
+            f"task {arguments.task_index} of {arguments.num_tasks} is done; when all are: "
+            f"{command.format('deduplicate')} --merge"
+        )
+        return 0
+    if arguments.merge:
+        builder.merge_duplicates(config)
+    else:
+        builder.deduplicate(config, num_workers=arguments.num_workers)
+    print(f"the duplicates are known; next: {command.format('build')}")
     return 0
 
 
@@ -119,7 +148,9 @@ def _stats(arguments: argparse.Namespace) -> int:
             f"  padding                {stats.padding_fraction:.2%} of all positions\n"
             f"  tokens per document    {stats.mean_document_tokens:.1f} on average\n"
             f"  segments per document  {stats.segments_per_document:.3f}\n"
-            "  documents by length in tokens"
+            "  padding to expect of another data.document_grid\n    "
+            + ", ".join(f"{grid}: {stats.expected_padding(grid):.2%}" for grid in _GRIDS)
+            + "\n  documents by length in tokens"
         )
         most = max(stats.length_histogram.values())
         for length, count in stats.length_histogram.items():
@@ -127,26 +158,37 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands share that go through the whole source."""
+    parser.add_argument("--config", required=True, help="YAML of the run; its section `data` is read")
+    parser.add_argument(
+        "--num-workers", type=int, default=None, help="processes (default: cores; 1 in a task)"
+    )
+    parser.add_argument(
+        "--task-index", type=int, default=None, help="do only this task's parts of the source (0-based)"
+    )
+    parser.add_argument("--num-tasks", type=int, default=1, help="how many tasks share the source")
+    parser.add_argument("--merge", action="store_true", help="finish once all tasks are done")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.NAME=VALUE", help="overrides of the section `data`"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="text to token shards; does only what is missing")
-    build.add_argument("--config", required=True, help="YAML of the run; its section `data` is read")
+    _add_work_arguments(build)
     build.add_argument(
         "--replace", action="store_true", help="build anew over shards of another configuration"
     )
-    build.add_argument(
-        "--num-workers", type=int, default=None, help="processes for several files (default: cores)"
-    )
-    build.add_argument(
-        "--task-index", type=int, default=None, help="build only the files of this task (0-based)"
-    )
-    build.add_argument("--num-tasks", type=int, default=1, help="how many tasks share the files")
-    build.add_argument("--merge", action="store_true", help="finish a build whose tasks are all done")
-    build.add_argument(
-        "overrides", nargs="*", metavar="data.NAME=VALUE", help="overrides of the section `data`"
-    )
     build.set_defaults(run=_build)
+
+    deduplicate = commands.add_parser(
+        "deduplicate", help="only find the exact duplicates, in tasks; build does it by itself"
+    )
+    _add_work_arguments(deduplicate)
+    deduplicate.set_defaults(run=_deduplicate)
 
     verify = commands.add_parser("verify", help="re-hash and re-count everything; exit code 1 on damage")
     verify.add_argument("directory", help="directory of token shards or of codes")
@@ -172,6 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ class ParquetSource(_FileSource):
     """Parquet files in FineWeb's schema, read by row group."""
 
     kind: Literal["parquet"] = "parquet"
+    row_groups_per_unit: int | None = Field(default=None, ge=1)
+    """Cuts files into parts of so many row groups, each built by itself, so that few large files fill many tasks
+    and processes. Null builds a file as a whole. Decides, as the files themselves, where samples are padded."""
 
 
 class JsonlSource(_FileSource):
@@ -116,6 +119,9 @@ class DataConfig(StrictModel):
     for python-docs, which is split by package."""
     test_fraction: float | None = Field(default=None, ge=0, lt=1)
     """Share of the documents held out for testing; null as above."""
+    deduplicate: bool = False
+    """Leave out every document whose text, exactly, stands earlier in the source. It stays in the split of the
+    first one, so that no text is in two splits."""
     seed: int = Field(default=0, ge=0)
     """Seed of the documents' phases on the chunk grid."""
     samples_per_shard: int = Field(default=8192, gt=0)
@@ -135,6 +141,11 @@ class DataConfig(StrictModel):
                 raise ValueError(
                     "validation_fraction and test_fraction have no effect with the source python-docs, which "
                     "is split by package: remove them"
+                )
+            if self.deduplicate:
+                raise ValueError(
+                    "deduplicate has no effect with the source python-docs, which leaves out exact duplicates "
+                    "anyway: remove it"
                 )
         elif sum(self.split_fractions) >= 1:
             raise ValueError("validation_fraction and test_fraction leave nothing to train on")

@@ -37,3 +37,7 @@ class FingerprintMismatchError(DatasetError):
 
 class SourceError(ValueError):
     """The text cannot be read: files missing, a column missing, no network."""
+
+
+class WorkerError(ValueError):
+    """A worker process was killed from outside; what is done is kept."""

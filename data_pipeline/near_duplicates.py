@@ -116,12 +116,13 @@ def _components(size: int, edges: NDArray[np.int64]) -> NDArray[np.int64]:
 def ngram_overlap(texts: TextSet, sides: NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
     """Share of each later side's 13-grams, and of its texts, that also stand in an earlier side."""
     hashes, owners = texts.ngrams(_OVERLAP_WORDS)
+    present = [np.unique(hashes[sides[owners] == side]) for side in range(len(names) - 1)]
     report: dict[str, Any] = {}
     for later in range(1, len(names)):
         mine = sides[owners] == later
         own, own_texts = hashes[mine], owners[mine]
         for earlier in range(later):
-            shared = np.isin(own, hashes[sides[owners] == earlier])
+            shared = _in_sorted(own, present[earlier])
             report[f"{names[later]}_in_{names[earlier]}"] = {
                 "ngrams": int(shared.sum()),
                 "share_of_ngrams": round(float(shared.mean()), 6) if len(shared) else 0.0,
@@ -131,3 +132,11 @@ def ngram_overlap(texts: TextSet, sides: NDArray[np.int64], names: Sequence[str]
                 ),
             }
     return report
+
+
+def _in_sorted(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each value is in the sorted array: several times faster than np.isin, which sorts both."""
+    if not len(ordered):
+        return np.zeros(len(values), dtype=bool)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return np.asarray(ordered[places] == values)

@@ -1,56 +1,100 @@
-"""Progress of a long command: a bar on a terminal, a plain line now and then in a log."""
+"""Progress on standard error: a bar on a terminal, a plain line every few seconds elsewhere (logs, Slurm)."""
 
 from __future__ import annotations
 
 import sys
 import time
+from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
-_LINE_INTERVAL_S = 15.0
-
 
 class Progress:
-    """Counts units of work on standard error.
+    """Progress through a number of steps.
 
     Args:
-        label: what is being done.
-        unit: what is counted.
-        total: how many there will be, if that is known.
-        shown: False counts in silence.
+        total: number of steps in all; None where nobody knows.
+        description: what is going on, at the front of the bar or line.
+        unit: what is counted, in the plural.
+        initial: steps already done when starting, as after a resume.
+        shown: False counts in silence, as on other ranks than 0.
+        every_s: seconds between two plain lines.
     """
 
-    def __init__(self, label: str, unit: str, total: int | None = None, *, shown: bool = True) -> None:
-        self._label, self._unit, self._total = label, unit, total
-        self._count = 0
-        self._began = self._last_line = time.monotonic()
+    def __init__(
+        self,
+        total: int | None,
+        description: str,
+        *,
+        unit: str = "steps",
+        initial: int = 0,
+        shown: bool = True,
+        every_s: float = 10.0,
+    ) -> None:
+        self.total, self.description, self.unit = total, description, unit
+        self.done = self._initial = initial
         self._shown = shown
-        terminal = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True) if terminal else None
-
-    def update(self, count: int = 1) -> None:
-        """Adds to the count."""
-        self._count += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif self._shown and time.monotonic() - self._last_line > _LINE_INTERVAL_S:
-            self._last_line = time.monotonic()
-            of_total = f" of {self._total:,}" if self._total is not None else ""
-            seconds = self._last_line - self._began
-            print(
-                f"{self._label}: {self._count:,}{of_total} {self._unit}, "
-                f"{self._count / seconds:,.1f} {self._unit}/s",
+        self._every_s = every_s
+        self._start = self._last_line = time.monotonic()
+        self._values = ""
+        self._bar: tqdm[Any] | None = None
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=description,
+                unit=f" {unit}",
+                dynamic_ncols=True,
                 file=sys.stderr,
-                flush=True,
             )
 
+    def update(self, steps: int = 1, **values: float | str) -> None:
+        """Count `steps` as done, and show `values` from now on (floats with four significant digits)."""
+        self.done += steps
+        if not self._shown:
+            return
+        if values:
+            self._values = " ".join(
+                f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+                for name, value in values.items()
+            )
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._values, refresh=False)
+            self._bar.update(steps)
+        elif time.monotonic() - self._last_line >= self._every_s:
+            self._line()
+
+    def write(self, text: str) -> None:
+        """A line of text that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._shown:
+            print(text, file=sys.stderr, flush=True)
+
     def close(self) -> None:
-        """Ends the bar."""
+        """Show the last state. A second call does nothing."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+        elif self._shown and self.done > self._initial:
+            self._line()
+        self._shown = False
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        seconds = self._last_line - self._start
+        rate = (self.done - self._initial) / seconds if seconds > 0 else 0.0
+        parts = [f"{self.description}: {self.done} {self.unit}", f"{rate:.3g}/s"]
+        if self.total is not None:
+            parts[0] = f"{self.description}: {self.done}/{self.total} {self.unit}"
+            parts.append(f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "-")
+        print("  ".join(part for part in [*parts, self._values] if part), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -10,11 +10,9 @@ import ast
 import gc
 import hashlib
 import inspect
-import multiprocessing
 import os
 import re
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 from data_pipeline.errors import SourceError
 from data_pipeline.files import sha256_json
 from data_pipeline.near_duplicates import TextSet, ngram_overlap
+from data_pipeline.workers import map_in_processes
 
 DISTRIBUTIONS = (
     "aiohttp",
@@ -183,10 +182,8 @@ def read_docstrings(
     files, versions = source_files()
     size = 200
     parts = [files[first : first + size] for first in range(0, len(files), size)]
-    # spawned, not forked: the caller may hold threads
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(os.cpu_count() or 1, 8), mp_context=context) as pool:
-        extracted = [found for results in pool.map(_extract, parts) for found in results]
+    results = map_in_processes(_extract, parts, min(os.cpu_count() or 1, 8))
+    extracted = [found for part in results for found in part]
 
     documents: list[Docstring] = []
     seen: set[bytes] = set()

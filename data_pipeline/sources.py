@@ -1,22 +1,24 @@
-"""Where documents come from. A source is cut into units (files) that are built one by one, or in parallel."""
+"""Where documents come from. A source is cut into units (files, or parts of them) that are built one by one,
+or in parallel."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-import fsspec  # type: ignore[import-untyped]
 
 from data_pipeline import python_docs
 from data_pipeline.config import DataConfig, HubSource, JsonlSource, ParquetSource, PythonDocsSource
 from data_pipeline.errors import SourceError
 from data_pipeline.files import sha256_file, sha256_json
+from data_pipeline.source_files import expand, hash_file, opened
 
 _ROWS_AT_A_TIME = 1024
+_FILES_AT_A_TIME = 16
 
 
 class Document(NamedTuple):
@@ -141,60 +143,103 @@ class _Files:
     """What parquet and jsonl files share."""
 
     def __init__(self, config: ParquetSource | JsonlSource, fractions: tuple[float, float]) -> None:
-        self._config = config
         self._rows = _Rows(config, fractions)
-        self._paths: list[str] | None = None
-        self._hashes: list[str] | None = None
+        self._patterns = config.paths
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        return expand(self._patterns)
+
+    @cached_property
+    def _hashes(self) -> list[str]:
+        with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+            return list(pool.map(hash_file, self._paths))
 
     def units(self) -> Sequence[str]:
-        if self._paths is None:
-            self._paths = _expand(self._config.paths)
         return self._paths
 
     def identity(self) -> str:
-        if self._hashes is None:
-            self._hashes = [_hash_file(path) for path in self.units()]
         return sha256_json(self._hashes)
 
     def content(self) -> tuple[dict[str, Any], str]:
-        identity = self.identity()
-        assert self._hashes is not None
         files = [
-            {"path": path, "hash": hashed} for path, hashed in zip(self.units(), self._hashes, strict=True)
+            {"path": path, "hash": hashed} for path, hashed in zip(self._paths, self._hashes, strict=True)
         ]
-        return {"files": files}, identity
+        return {"files": files}, self.identity()
 
 
 class _ParquetFiles(_Files):
+    def __init__(self, config: ParquetSource, fractions: tuple[float, float]) -> None:
+        super().__init__(config, fractions)
+        self._config = config
+
+    @cached_property
+    def _row_groups(self) -> list[int]:
+        """Of every file; reads no more of it than its footer."""
+        with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+            return list(pool.map(_num_row_groups, self._paths))
+
+    @cached_property
+    def _parts(self) -> list[tuple[str, range | None]]:
+        """File and row groups of every unit; None stands for all of them."""
+        size = self._config.row_groups_per_unit
+        if size is None:
+            return [(path, None) for path in self._paths]
+        return [
+            (path, range(first, min(first + size, count)))
+            for path, count in zip(self._paths, self._row_groups, strict=True)
+            for first in range(0, max(count, 1), size)
+        ]
+
+    def units(self) -> Sequence[str]:
+        return [
+            path if groups is None else f"{path}, row groups {groups.start} to {groups.stop - 1}"
+            for path, groups in self._parts
+        ]
+
+    def content(self) -> tuple[dict[str, Any], str]:
+        """With `row_groups_per_unit`, for each file also its row groups and the number of its first unit."""
+        description, content_hash = super().content()
+        if self._config.row_groups_per_unit is not None:
+            first = {path: unit for unit, (path, _) in reversed(list(enumerate(self._parts)))}
+            for file, count in zip(description["files"], self._row_groups, strict=True):
+                file |= {"row_groups": count, "first_unit": first[file["path"]]}
+        return description, content_hash
+
     def read(self, unit: int) -> Iterator[Document]:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = self.units()[unit]
-        try:
-            with fsspec.open(path, "rb") as raw, pq.ParquetFile(raw) as file:
-                names = set(file.schema_arrow.names)
-                needed = [name for name in self._rows.columns if name != self._config.id_field]
-                if missing := [name for name in needed if name not in names]:
-                    raise SourceError(
-                        f"{path}: no column {', '.join(missing)}; it has {', '.join(sorted(names))}. "
-                        "Set source.text_field, or drop the filter"
-                    )
-                columns = [name for name in self._rows.columns if name in names]
-                for group in range(file.num_row_groups):
-                    for batch in file.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
-                        for row in batch.to_pylist():
-                            document = self._rows.document(row, f"{path}, row group {group}")
-                            if document is not None:
-                                yield document
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"{path}: not readable as parquet: {error}") from error
+        path, groups = self._parts[unit]
+        # pages are checked where the file has checksums
+        with opened(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
+            names = set(file.schema_arrow.names)
+            needed = [name for name in self._rows.columns if name != self._config.id_field]
+            if missing := [name for name in needed if name not in names]:
+                raise SourceError(
+                    f"{path}: no column {', '.join(missing)}; it has {', '.join(sorted(names))}. "
+                    "Set source.text_field, or drop the filter"
+                )
+            columns = [name for name in self._rows.columns if name in names]
+            for group in range(file.num_row_groups) if groups is None else groups:
+                for batch in file.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
+                    for row in batch.to_pylist():
+                        document = self._rows.document(row, f"{path}, row group {group}")
+                        if document is not None:
+                            yield document
+
+
+def _num_row_groups(path: str) -> int:
+    import pyarrow.parquet as pq
+
+    with opened(path) as raw, pq.ParquetFile(raw) as file:
+        return int(file.num_row_groups)
 
 
 class _JsonlFiles(_Files):
     def read(self, unit: int) -> Iterator[Document]:
         path = self.units()[unit]
-        with fsspec.open(path, "rb", compression="infer") as file:
+        rows = 0
+        with opened(path, decompress=True) as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -204,9 +249,12 @@ class _JsonlFiles(_Files):
                     raise SourceError(f"{path}, line {number}: not readable as JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise SourceError(f"{path}, line {number}: a JSON object is needed on every line")
+                rows += 1
                 document = self._rows.document(row, f"{path}, line {number}")
                 if document is not None:
                     yield document
+        if not rows:
+            raise SourceError(f"{path}: is empty; take it out of source.paths, or fetch it again")
 
 
 class _HubDataset:
@@ -271,37 +319,3 @@ class _HubDataset:
             "name": self._config.name,
             "commit": self._commit(),
         }, self.identity()
-
-
-def _is_local(path: str) -> bool:
-    return "://" not in path and "::" not in path
-
-
-def _expand(patterns: Sequence[str]) -> list[str]:
-    """The files behind paths and patterns, each once, in the order of the patterns and by name inside one."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        if _is_local(pattern):
-            magic = glob.has_magic(pattern)
-            paths = sorted(glob.glob(pattern, recursive=True)) if magic else [pattern]  # noqa: PTH207
-            paths = [path for path in paths if Path(path).is_file()]
-        elif glob.has_magic(pattern):
-            filesystem, path = fsspec.core.url_to_fs(pattern)
-            paths = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
-        else:
-            paths = [pattern]
-        if not paths:
-            raise SourceError(f"source.paths: no file matches {pattern!r}")
-        found.update(dict.fromkeys(paths))
-    return list(found)
-
-
-def _hash_file(path: str) -> str:
-    """sha256 of a local file; of the store's own description (size, etag, time) of a remote one."""
-    if _is_local(path):
-        return sha256_file(Path(path))
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    try:
-        return sha256_json([filesystem.size(inner), str(filesystem.checksum(inner))])
-    except FileNotFoundError as error:
-        raise SourceError(f"source.paths: {path!r} does not exist") from error

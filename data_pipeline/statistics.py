@@ -33,6 +33,14 @@ class SplitStatistics(NamedTuple):
     segments_per_document: float
     length_histogram: dict[int, int]
 
+    def expected_padding(self, document_grid: int) -> float:
+        """Share of padding that these documents would have on a grid of G positions, without the last sample.
+
+        A document of n tokens takes G * ceil((r + n) / G) positions; over the phases r in [0, G), all equally
+        likely, that is n + G - 1 in the mean.
+        """
+        return (document_grid - 1) / (self.mean_document_tokens + document_grid - 1)
+
 
 def split_statistics(directory: str | Path, split: str) -> SplitStatistics:
     """Reads the segments of a whole split; holds 16 bytes for each in memory.

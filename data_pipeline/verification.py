@@ -29,7 +29,7 @@ def verify(directory: str | Path) -> list[str]:
     if (root / CODE_MANIFEST_NAME).is_file():
         codes = load_code_manifest(root)
         entries = [(root / split, shard) for split, shards in codes.splits.items() for shard in shards]
-        with Progress("verifying", "shards", len(entries)) as progress:
+        with Progress(len(entries), "verifying", unit="shards") as progress:
             for folder, shard in entries:
                 found = list(_hash_damage(folder, shard.name, shard.sha256, shard.index_sha256))
                 if found:
@@ -42,7 +42,7 @@ def verify(directory: str | Path) -> list[str]:
     manifest = load_manifest(root)
     damage += _tokenizer_damage(root, manifest)
     tokens = [(root / split, shard) for split, entry in manifest.splits.items() for shard in entry.shards]
-    with Progress("verifying", "shards", len(tokens)) as progress:
+    with Progress(len(tokens), "verifying", unit="shards") as progress:
         for folder, entry in tokens:
             found = list(_hash_damage(folder, entry.name, entry.sha256, entry.index_sha256))
             # the single samples are looked for only where the hash says that there is something to find

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline import TokenDataset, load_tokenizer
+from data_pipeline.progress import Progress
 from launch import flops
 from launch.compatibility import check_vocabulary
 from launch.config import EvaluationConfig, load_config
 from launch.environment import describe_environment
 from launch.latent_model import latent_model_config
-from launch.progress import Progress
 from launch.prompt_lengths import by_prompt_length
 from launch.report_data import update_report
 from launch.tracking import read_metrics

@@ -21,10 +21,10 @@ import torch
 
 from data_pipeline import TokenDataset, code_shard_is_done, finish_codes, write_code_shard
 from data_pipeline.errors import MissingShardError
+from data_pipeline.progress import Progress
 from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory
-from launch.progress import Progress
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
 from rqvae.loading import Codec
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import CodeDataset, StepLoader, TokenDataset
+from data_pipeline.progress import Progress
 from launch import checkpoints, tasks
 from launch.config import RunConfig, check_world_size, load_config
 from launch.dry_run import dry_run
@@ -32,7 +33,6 @@ from launch.engine import (
 )
 from launch.environment import capture_environment
 from launch.paths import run_directory
-from launch.progress import Progress
 from launch.stop import StopRequest, agree
 from launch.tracking import Tracker
 from launch.window import Window, joined, num_real_tokens, split, to_device
@@ -118,7 +118,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
             start_step=step,
             num_workers=config.train.num_workers,
         )
-        progress = Progress(phase.end, f"{config.stage} ({phase.name})", initial=step, rank=rank)
+        progress = Progress(phase.end, f"{config.stage} ({phase.name})", initial=step, shown=rank == 0)
         while step < phase.end and stopped is None:
             _, batch = window.timed("data_wait_s", loader.__next__)
             micro_batches = split(to_device(batch, device), config.train.micro_batch_size)

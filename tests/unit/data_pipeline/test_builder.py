@@ -77,7 +77,8 @@ def test_the_manifest_counts_everything(built: Path, documents: list[dict[str, s
             assert split[key] == sum(shard[key] for shard in split["shards"])
     assert {shard["samples"] for shard in manifest["splits"]["train"]["shards"][:-1]} == {200}
     assert manifest["source"]["description"]["files"][0]["path"].endswith("documents.jsonl")
-    assert "directory" not in manifest["config"]
+    # settings younger than the format: at their default a directory built before them stays up to date
+    assert not {"directory", "deduplicate"} & set(manifest["config"])
 
 
 def test_a_complete_build_is_left_alone(copy: Path, make_config: MakeConfig) -> None:
@@ -130,7 +131,7 @@ def test_tasks_and_merge_end_in_the_same_bytes(
     config = several(tmp_path / "tokens")
     build_task(config, 2, 3)
     build_task(config, 0, 3)
-    with pytest.raises(DatasetError, match=r"2 of 5 files are not built yet \(.*1\.jsonl"):
+    with pytest.raises(DatasetError, match=r"2 of 5 parts of the source are not built yet \(.*1\.jsonl"):
         merge(config)
     assert not (tmp_path / "tokens/manifest.json").exists()
     with pytest.raises(NotADatasetError, match="did not finish; run the same build command again"):
@@ -224,6 +225,27 @@ def test_killed_anywhere_and_run_again_ends_in_the_same_bytes(
         assert_invisible_or_complete(tmp_path / "tokens", uninterrupted)
     build(config, num_workers=1)
     assert content(tmp_path / "tokens") == uninterrupted
+
+
+def test_killed_anywhere_while_duplicates_are_removed(
+    files: str, make_config: MakeConfig, jsonl_file: Path, tmp_path: Path
+) -> None:
+    def config(directory: Path) -> DataConfig:
+        # every document twice, the second time in a file that holds all of them
+        source = {"kind": "jsonl", "paths": [files, str(jsonl_file)]}
+        return make_config(directory, source=source, deduplicate=True)
+
+    exit_code, operations = run_child(config(tmp_path / "whole"))
+    assert exit_code == 0 and operations > 100
+    complete = content(tmp_path / "whole")
+    generator = random.Random(5)
+    for attempt in range(4):
+        # early, so that most of them hit the passes of the removal; the later ones have less left to do
+        kill_at = generator.randint(1, operations // (2 + 2 * attempt))
+        assert run_child(config(tmp_path / "tokens"), kill_at)[0] == -signal.SIGKILL
+        assert_invisible_or_complete(tmp_path / "tokens", complete)
+    build(config(tmp_path / "tokens"), num_workers=1)
+    assert content(tmp_path / "tokens") == complete
 
 
 def test_killed_in_the_merge_and_run_again_ends_in_the_same_bytes(

@@ -26,6 +26,11 @@ def test_one_path_is_a_list_of_one() -> None:
     [
         ({"sample_length": 30}, "multiple of document_grid"),
         ({"test_fraction": 0.1}, "no effect with the source python-docs"),
+        ({"deduplicate": True}, "which leaves out exact duplicates anyway: remove it"),
+        (
+            {"source": {"kind": "parquet", "paths": ["a"], "row_groups_per_unit": 0}},
+            "greater than or equal to 1",
+        ),
         (
             {
                 "source": {"kind": "jsonl", "paths": ["a"]},

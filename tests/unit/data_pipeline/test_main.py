@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,9 @@ def test_build_verify_inspect_stats(
     assert main(["inspect", str(tmp_path / "tokens"), "--samples", "1"]) == 0
     assert "train sample 0, segment 1" in capsys.readouterr().out
     assert main(["stats", str(tmp_path / "tokens")]) == 0
-    assert "bytes per token" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "bytes per token" in output
+    assert "1: 0.00%, 2: " in output
 
     (tmp_path / "tokens/test/shard-000000.tar").unlink()
     assert main(["verify", str(tmp_path / "tokens")]) == 1
@@ -53,6 +57,27 @@ def test_tasks_and_merge(run_config: Path, tmp_path: Path, capsys: pytest.Captur
     assert "--merge" in capsys.readouterr().out
     assert main(["build", "--config", str(run_config), "--merge"]) == 0
     assert (tmp_path / "tokens/manifest.json").is_file()
+
+
+def test_deduplicate_in_tasks(
+    run_config: Path, jsonl_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(jsonl_file, tmp_path / "again.jsonl")
+    paths = f"data.source.paths=[{jsonl_file}, {tmp_path / 'again.jsonl'}]"
+    options = ["--config", str(run_config), paths, "data.deduplicate=true"]
+    assert main(["build", *options, "--task-index", "0", "--num-tasks", "2"]) == 1
+    assert "run `python -m data_pipeline deduplicate" in capsys.readouterr().err
+    for task in ("0", "1"):
+        assert main(["deduplicate", *options, "--task-index", task, "--num-tasks", "2"]) == 0
+    assert f"data_pipeline deduplicate --config {run_config} --merge" in capsys.readouterr().out
+    assert main(["deduplicate", *options, "--merge"]) == 0
+    for task in ("0", "1"):
+        assert main(["build", *options, "--task-index", task, "--num-tasks", "2"]) == 0
+    assert main(["build", *options, "--merge"]) == 0
+    assert main(["inspect", str(tmp_path / "tokens"), "--samples", "0"]) == 0
+    shown = capsys.readouterr().out
+    # the file has some texts of one word more than once by itself
+    assert re.search(r"exact duplicates left out: 3\d\d of 600 documents", shown)
 
 
 def test_mistakes_are_one_clear_message(run_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
+import importlib.util
 import json
+import random
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -105,8 +112,181 @@ def test_unusable_files_are_refused(tmp_path: Path, parquet: Path) -> None:
     with pytest.raises(SourceError, match="no column body; it has date"):
         read({"kind": "parquet", "paths": str(parquet), "text_field": "body"})
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(SourceError, match="not readable as parquet"):
-        read({"kind": "parquet", "paths": str(tmp_path / "x.parquet")})
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: b"", "cannot be read .*size is 0 bytes"),
+        (lambda data: b"PAR1 nothing", "cannot be read .*Parquet magic bytes not found"),
+        (lambda data: data[:-100], "cannot be read .*Parquet magic bytes not found"),
+        (lambda data: data.replace(b"four five", b"fear five"), "cannot be read .*CRC checksum"),
+    ],
+)
+@pytest.mark.parametrize("row_groups_per_unit", [None, 1])
+def test_damaged_parquet_is_refused(
+    tmp_path: Path, change: Callable[[bytes], bytes], message: str, row_groups_per_unit: int | None
+) -> None:
+    path = tmp_path / "x.parquet"
+    options = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table(FINEWEB), path, row_group_size=3, write_statistics=False, **options)
+    source = {"kind": "parquet", "paths": str(path), "row_groups_per_unit": row_groups_per_unit}
+    assert len(read(source)) == 4
+    rewrite(path, change)
+    with pytest.raises(SourceError, match=rf"^{path}: {message}"):
+        read(source)
+
+
+def compressed(name: str, data: bytes) -> bytes:
+    if name.endswith(".zst"):
+        return bytes(pa.compress(data, codec="zstd", asbytes=True))
+    return gzip.compress(data) if name.endswith(".gz") else data
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst"])
+def test_damaged_or_empty_jsonl_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    source = {"kind": "jsonl", "paths": str(path)}
+    data = compressed(name, b"".join(b'{"text": "line %d"}\n' % number for number in range(5000)))
+    path.write_bytes(data)
+    assert len(read(source)) == 5000
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SourceError, match=rf"^{path}.*(ended before|Truncated|not readable as JSON)"):
+        read(source)
+    for empty in (b"", compressed(name, b"\n\n")):
+        path.write_bytes(empty)
+        with pytest.raises(SourceError, match=f"^{path}: is empty"):
+            read(source)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a.parquet", "s3://bucket/*.parquet", "gs://bucket/a.parquet"])
+def test_a_store_without_its_package_names_the_package(url: str) -> None:
+    package = {"s3": "s3fs", "gs": "gcsfs"}[url[:2]]
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(SourceError, match=f"needs a package that is not installed: .*[Ii]nstall {package}"):
+        open_source(
+            DataConfig.model_validate({"directory": "d", "source": {"kind": "parquet", "paths": url}})
+        ).identity()
+    with pytest.raises(SourceError, match=f"needs a package that is not installed: .*[Ii]nstall {package}"):
+        read({"kind": "parquet", "paths": url})
+
+
+class _Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as object stores do; `sent` counts the bytes."""
+
+    sent = 0
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if "Range" not in self.headers or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last or len(data) - 1) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+        type(self).sent += len(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """URL of a real HTTP server of the folder `tmp_path`."""
+    _Ranges.sent = 0
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(_Ranges, directory=str(tmp_path))
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_http(parquet: Path, tmp_path: Path, server: str) -> None:
+    url = f"{server}/data/part-0.parquet"
+    assert [d.text for d in read({"kind": "parquet", "paths": url})] == FINEWEB["text"]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b'{"text": "a"}\n')
+    jsonl: dict[str, object] = {"kind": "jsonl", "paths": f"{server}/a.jsonl.gz"}
+    assert [d.text for d in read(jsonl)] == ["a"]
+    config = DataConfig.model_validate({"directory": "d", "source": jsonl})
+    assert open_source(config).identity() == open_source(config).identity()
+    for kind in ("parquet", "jsonl"):
+        missing = {"kind": kind, "paths": f"{server}/none.{kind}"}
+        with pytest.raises(SourceError, match=rf"'{server}/none\.{kind}' does not exist"):
+            read(missing)
+        with pytest.raises(SourceError, match="does not exist"):
+            open_source(DataConfig.model_validate({"directory": "d", "source": missing})).identity()
+
+
+def test_one_part_is_read_without_the_rest_of_the_file(tmp_path: Path, server: str) -> None:
+    """Of 40 row groups one is fetched, and while a whole file is read no more than two are in memory."""
+    generator = random.Random(0)
+    texts = [generator.randbytes(100_000).hex() for _ in range(120)]
+    table = pa.table({"text": texts, "id": [str(number) for number in range(120)]})
+    path = tmp_path / "large.parquet"
+    pq.write_table(table, path, row_group_size=3, compression="none", use_dictionary=False)
+    del table
+    size = path.stat().st_size
+    source = {"kind": "parquet", "paths": f"{server}/large.parquet", "row_groups_per_unit": 1}
+    opened = open_source(DataConfig.model_validate({"directory": "d", "source": source}))
+    assert len(opened.units()) == 40
+    _Ranges.sent = 0
+    assert [document.text for document in opened.read(20)] == texts[60:63]
+    assert size / 40 < _Ranges.sent < 0.6 * size  # fsspec fetches 5 MiB at least
+
+    whole = open_source(
+        DataConfig.model_validate({"directory": "d", "source": {"kind": "parquet", "paths": str(path)}})
+    )
+    before = pa.total_allocated_bytes()
+    peak = max(pa.total_allocated_bytes() - before for _ in whole.read(0))
+    assert 0 < peak < 4 * size / 40
+
+
+def test_an_object_in_memory_and_a_pattern_behind_a_url(parquet: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/rows/a.parquet", parquet.read_bytes())
+    store.pipe("/rows/b.parquet", parquet.read_bytes())
+    assert len(read({"kind": "parquet", "paths": "memory://rows/a.parquet"})) == 4
+    assert len(read({"kind": "parquet", "paths": "memory://rows/*.parquet"})) == 8
+    with pytest.raises(SourceError, match=r"no file matches 'memory://rows/\*\.jsonl'"):
+        read({"kind": "jsonl", "paths": "memory://rows/*.jsonl"})
+    with pytest.raises(SourceError, match=r"'memory://rows/c\.parquet' does not exist"):
+        read({"kind": "parquet", "paths": "memory://rows/c.parquet"})
+
+
+def test_parts_of_row_groups(parquet: Path, tmp_path: Path) -> None:
+    second = parquet.parent / "part-1.parquet"
+    pq.write_table(pa.table(FINEWEB), second, row_group_size=1)
+    pq.write_table(pa.table(FINEWEB).slice(0, 0), parquet.parent / "part-2.parquet")
+    source = {"kind": "parquet", "paths": f"{parquet.parent}/*.parquet", "row_groups_per_unit": 3}
+    opened = open_source(DataConfig.model_validate({"directory": "d", "source": source}))
+    assert opened.units()[:3] == [
+        f"{parquet}, row groups 0 to 1",
+        f"{second}, row groups 0 to 2",
+        f"{second}, row groups 3 to 3",
+    ]
+    assert [[d.text for d in opened.read(unit)] for unit in range(4)] == [
+        FINEWEB["text"],
+        FINEWEB["text"][:3],
+        FINEWEB["text"][3:],
+        [],
+    ]
+    files = opened.content()[0]["files"]
+    assert [(file["row_groups"], file["first_unit"]) for file in files[:2]] == [(2, 0), (4, 1)]
+    assert files[2]["first_unit"] == 3
 
 
 def test_identity_follows_the_bytes_not_the_name(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.progress import Progress
+from data_pipeline.progress import Progress
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +30,7 @@ def test_lines_are_rare_and_the_last_state_is_always_shown(capsys: pytest.Captur
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(2, "x", rank=1, every_s=0.0) as progress:
+    with Progress(2, "x", shown=False, every_s=0.0) as progress:
         progress.update(loss=1.0)
         progress.write("text")
     assert progress.done == 1
@@ -45,3 +45,11 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     shown = capsys.readouterr().err
     assert "rqvae: 100%" in shown
     assert "3/3" in shown
+
+
+def test_an_unknown_total_promises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(None, "tokenizing", unit="documents", every_s=0.0) as progress:
+        progress.update(5)
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("tokenizing: 5 documents  ")
+        assert line.endswith("/s")
