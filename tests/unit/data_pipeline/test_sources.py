@@ -17,6 +17,7 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import SourceError
+from data_pipeline.source_files import hash_file
 from data_pipeline.sources import Document, open_source, split_of
 
 FINEWEB = {
@@ -300,6 +301,21 @@ def test_identity_follows_the_bytes_not_the_name(tmp_path: Path) -> None:
     assert identity(tmp_path / "a.jsonl") == identity(tmp_path / "b.jsonl")
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
     assert identity(tmp_path / "a.jsonl") != identity(tmp_path / "b.jsonl")
+
+
+def test_of_large_files_the_ends_and_the_size_are_always_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.parquet"
+    content = bytearray(20 << 20)
+    path.write_bytes(content)
+    plain = hash_file(str(path))
+    assert hash_file(str(path)) == plain
+    for place in (0, 70 << 10, len(content) - 1):  # the second is in no block
+        changed = content.copy()
+        changed[place] = 1
+        path.write_bytes(changed)
+        assert (hash_file(str(path)) == plain) == (place == 70 << 10)
+    path.write_bytes(bytes(len(content) + 1))
+    assert hash_file(str(path)) != plain
 
 
 def test_the_hub_source_on_a_local_dataset_of_the_same_schema(
