@@ -99,7 +99,7 @@ def merge(config: DataConfig) -> Manifest:
 
 def _config_values(config: DataConfig) -> dict[str, Any]:
     """What of the configuration decides the content."""
-    return config.model_dump(mode="json", exclude={"directory"})
+    return config.build_values()
 
 
 class _Job:

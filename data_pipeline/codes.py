@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import ValidationError
 
-from data_pipeline.dataset import Batch, TokenDataset, read_rows
+from data_pipeline.dataset import Batch, Indices, TokenDataset, read_rows
 from data_pipeline.errors import (
     CodecMismatchError,
     CorruptShardError,
@@ -418,7 +418,7 @@ class CodeDataset:
             self._folder, shard.name, self.manifest.layout.arrays, shard.samples, shard.file_bytes
         )
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+    def read(self, indices: Indices) -> Batch:
         """The batch of `TokenDataset.read` with `codes` [B, S, D], LongTensor, added, and `latents` if asked for.
 
         Latents are [B, S, E] in fp32.

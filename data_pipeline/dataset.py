@@ -17,6 +17,7 @@ from data_pipeline.packing import LENGTH, NUM_BYTES, SEGMENT_COLUMNS, START
 from data_pipeline.shards import ShardReader, tar_path
 
 Batch = dict[str, Tensor]
+Indices = Sequence[int] | NDArray[np.integer]
 TOKEN_ARRAYS = ("segments", "tokens")
 _OPEN_SHARDS = 256
 """Shards kept open at a time: bounds the file descriptors, whatever the size of the dataset."""
@@ -83,7 +84,7 @@ class TokenDataset:
         return range(int(self._first[shard_index]), int(self._first[shard_index + 1]))
 
     def locate(
-        self, indices: Sequence[int] | NDArray[np.integer]
+        self, indices: Indices
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """([B] shards, [B] samples inside the shards) of sample indices.
 
@@ -100,12 +101,12 @@ class TokenDataset:
         shard = self.shards[shard_index]
         return ShardReader(self._folder, shard.name, TOKEN_ARRAYS, shard.samples, shard.file_bytes)
 
-    def read_segments(self, indices: Sequence[int] | NDArray[np.integer]) -> list[NDArray[np.int64]]:
+    def read_segments(self, indices: Indices) -> list[NDArray[np.int64]]:
         """[m, 6] segments of each of these samples, columns as in `packing.SEGMENT_COLUMNS`."""
         rows = read_rows(self._reader, "segments", *self.locate(indices))
         return [np.frombuffer(row, dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS)) for row in rows]
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+    def read(self, indices: Indices) -> Batch:
         """The samples at these indices, in this order.
 
         Returns:
