@@ -210,7 +210,9 @@ class StepLoader:
         # what a state of an earlier version does not name was not there to be set
         names = ("seed", "fingerprint", "global_batch_size", "shuffle_block")
         before = {"global_batch_size": self.global_batch_size, "shuffle_block": None} | dict(state)
-        differing = [f"{name} was {before[name]}, is {ours[name]}" for name in names if before[name] != ours[name]]
+        differing = [
+            f"{name} was {before[name]}, is {ours[name]}" for name in names if before[name] != ours[name]
+        ]
         if differing:
             raise FingerprintMismatchError(
                 f"the saved position is one of another order of samples ({'; '.join(differing)}): restore these, or "

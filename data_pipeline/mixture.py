@@ -37,9 +37,7 @@ class MixtureDataset:
         ValueError: see `Interleave`.
     """
 
-    def __init__(
-        self, parts: Mapping[str, TokenDataset | CodeDataset], weights: Mapping[str, float]
-    ) -> None:
+    def __init__(self, parts: Mapping[str, TokenDataset | CodeDataset], weights: Mapping[str, float]) -> None:
         self.parts = dict(parts)
         _refuse_differences(self.parts)
         self._datasets = list(self.parts.values())
@@ -88,6 +86,15 @@ class MixtureDataset:
         part = int(np.searchsorted(self._first, index, side="right"))
         return range(int(self._first[part - 1]), int(self._first[part]))
 
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """[count] samples in the weights' proportions, drawn with replacement."""
+        sources, _ = self._interleave(np.arange(count))
+        places = (
+            torch.rand(count, generator=generator, dtype=torch.float64).numpy()
+            * np.diff(self._first)[sources]
+        )
+        return torch.from_numpy(self._first[sources] + places.astype(np.int64))
+
     def evaluation_indices(self, count: int) -> NDArray[np.int64]:
         """The first `count` samples in the weights' proportions, unshuffled; fewer where a part is used up."""
         sources, ranks = self._interleave(np.arange(count))
@@ -103,7 +110,9 @@ def _refuse_differences(parts: Mapping[str, TokenDataset | CodeDataset]) -> None
     for what in dict.fromkeys(key for values in described.values() for key in values):
         values = {name: values.get(what, "none") for name, values in described.items()}
         if len(set(values.values())) > 1:
-            differing.append(f"{what} is " + ", ".join(f"{value} in {name}" for name, value in values.items()))
+            differing.append(
+                f"{what} is " + ", ".join(f"{value} in {name}" for name, value in values.items())
+            )
     if differing:
         raise MixtureError(
             f"the datasets of a mixture do not fit together: {'; '.join(differing)}. Build all with the same "

@@ -56,7 +56,7 @@ def read_in_processes(
     """
     loader = torch.utils.data.DataLoader(
         _Reads(read),
-        sampler=requests,  # type: ignore[arg-type]
+        sampler=requests,
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=_PREFETCH_PER_WORKER,
