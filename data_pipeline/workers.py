@@ -64,18 +64,28 @@ def read_in_processes(
         worker_init_fn=_end_with_the_parent_only,
         generator=torch.Generator(),  # its seed must not be drawn from the generator that training draws from
     )
-    iterator = iter(loader)
-    while True:
-        try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # workers inherit it from their start
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        while True:
             result = next(iterator)
-        except RuntimeError as error:
-            raise DataWorkerError(
-                f"a process that reads data died ({str(error).strip()}). Killed is often out of memory: lower "
-                "train.num_workers, or set train.worker_kind=thread"
-            ) from error
-        if isinstance(result, Exception):
-            raise result
-        yield _convert(result, torch.from_numpy, np.ndarray)
+            if isinstance(result, Exception):
+                raise result
+            yield _convert(result, torch.from_numpy, np.ndarray)
+    except RuntimeError as error:
+        problem = str(error).strip()
+        if not problem.startswith("DataLoader worker"):
+            raise
+    finally:
+        del iterator, loader  # ends the processes, also where a traceback holds on to this frame
+    # Not raised from torch's error, whose traceback would keep the other processes alive.
+    raise DataWorkerError(
+        f"a process that reads data died ({problem}). If it was killed, the machine may be out of memory: lower "
+        "train.num_workers, or set train.worker_kind=thread"
+    )
 
 
 class _Reads(torch.utils.data.Dataset[Any]):
@@ -107,11 +117,10 @@ def _unchanged(value: Any) -> Any:
 
 
 def _end_with_the_parent_only(_: int) -> None:
-    """Leaves SIGTERM to the training process, unless it sends it.
+    """Leaves SIGTERM, which is blocked here, to the training process, unless it sends it.
 
     Slurm and torchrun send it to every process of a job, and training then still wants data for its last step.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
