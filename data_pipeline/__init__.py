@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from data_pipeline.config import DataConfig
     from data_pipeline.dataset import TokenDataset
     from data_pipeline.loader import StepLoader
+    from data_pipeline.mixture import MixtureDataset
     from data_pipeline.tokenizer import load_tokenizer
     from data_pipeline.verification import verify
 
 _MODULES = {
     "CodeDataset": "codes",
     "DataConfig": "config",
+    "MixtureDataset": "mixture",
     "StepLoader": "loader",
     "TokenDataset": "dataset",
     "build": "builder",
@@ -34,6 +36,7 @@ _MODULES = {
 __all__ = [
     "CodeDataset",
     "DataConfig",
+    "MixtureDataset",
     "StepLoader",
     "TokenDataset",
     "build",

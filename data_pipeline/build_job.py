@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from data_pipeline import duplicates
 from data_pipeline.config import BPETokenizerConfig, DataConfig, PretrainedTokenizerConfig
@@ -44,20 +43,6 @@ from data_pipeline.workers import map_in_processes
 _WORK_FOLDER = ".build"
 
 
-def _config_values(config: DataConfig) -> dict[str, Any]:
-    """What of the configuration decides the content.
-
-    Settings younger than the format are left out at their default, so that directories built before them stay up
-    to date.
-    """
-    values = config.model_dump(mode="json", exclude={"directory"})
-    if not config.deduplicate:
-        del values["deduplicate"]
-    if values["source"].get("row_groups_per_unit", 0) is None:
-        del values["source"]["row_groups_per_unit"]
-    return values
-
-
 class BuildJob:
     """One build: the configuration, the source as it lies there, and the folder of the work under way."""
 
@@ -70,7 +55,7 @@ class BuildJob:
         self.identity = self.source.identity()
         if isinstance(config.tokenizer, PretrainedTokenizerConfig):
             self.identity = sha256_json([self.identity, pretrained_identity(config.tokenizer)])
-        self.work = self.directory / _WORK_FOLDER / sha256_json([_config_values(config), self.identity])[:16]
+        self.work = self.directory / _WORK_FOLDER / sha256_json([config.build_values(), self.identity])[:16]
 
     def finished(self, replace: bool) -> Manifest | None:
         """The manifest if the directory is complete and up to date; otherwise clears the way for building."""
@@ -86,7 +71,7 @@ class BuildJob:
         try:
             manifest = load_manifest(self.directory)
             same_config = {**manifest.config, "directory": None} == {
-                **_config_values(self.config),
+                **self.config.build_values(),
                 "directory": None,
             }
             if same_config and manifest.source.identity == self.identity:
@@ -201,7 +186,7 @@ class BuildJob:
             tokenizer_sha256=tokenizer.sha256,
             seed=self.config.seed,
             source=SourceEntry(description=description, content_hash=content_hash, identity=self.identity),
-            config=_config_values(self.config),
+            config=self.config.build_values(),
             splits=splits,
         )
         if not splits["train"].samples:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import ValidationError
 
-from data_pipeline.dataset import Batch, TokenDataset, read_rows
+from data_pipeline.dataset import Batch, Indices, TokenDataset, read_rows, require_shards
 from data_pipeline.errors import (
     CodecMismatchError,
     CorruptShardError,
@@ -401,12 +401,7 @@ class CodeDataset:
         self.num_documents = token_dataset.num_documents
         self._shards = manifest.splits[token_dataset.split]
         self._folder = Path(code_directory) / token_dataset.split
-        for shard in self._shards:
-            if not tar_path(self._folder, shard.name).is_file():
-                raise MissingShardError(
-                    f"{tar_path(self._folder, shard.name)}: listed in the manifest but not there; restore it "
-                    "or encode again"
-                )
+        require_shards(self._folder, [shard.name for shard in self._shards], "encode")
         self._reader = lru_cache(maxsize=256)(self._open)
 
     def __len__(self) -> int:
@@ -418,7 +413,7 @@ class CodeDataset:
             self._folder, shard.name, self.manifest.layout.arrays, shard.samples, shard.file_bytes
         )
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+    def read(self, indices: Indices) -> Batch:
         """The batch of `TokenDataset.read` with `codes` [B, S, D], LongTensor, added, and `latents` if asked for.
 
         Latents are [B, S, E] in fp32.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import posixpath
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data_pipeline.interleave import find_quotas
 from rqvae.config import StrictModel
 
 
@@ -103,11 +105,47 @@ class PretrainedTokenizerConfig(StrictModel):
 Tokenizer = Annotated[BPETokenizerConfig | PretrainedTokenizerConfig, Field(discriminator="kind")]
 
 
+class MixtureSource(StrictModel):
+    """One of several token datasets that are trained on together."""
+
+    directory: str
+    """Its token shards. All of a mixture must have one tokenizer, sample length and document grid."""
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """Share of the samples of every step that come from it, relative to the other weights."""
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    """What metrics and the directory of its codes call it; empty takes the directory's last part."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_directory(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("directory"), str) and not values.get("name"):
+            return {**values, "name": posixpath.basename(posixpath.normpath(values["directory"]))}
+        return values
+
+
+READING_FIELDS = frozenset({"mixture", "shuffle_block", "shuffle_window", "on_corrupt", "max_replaced"})
+"""Fields of `DataConfig` that say how shards are read in training; they do not touch what is built."""
+
+
 class DataConfig(StrictModel):
-    """What text, how it is tokenized, packed and split, and where the shards go."""
+    """What text, how it is tokenized, packed and split, where the shards go, and how training reads them."""
 
     directory: str
     """Where the token shards are written and read, relative to the working directory."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Token datasets to train on in place of `directory` alone, which must be one of them: its tokenizer goes with
+    the model. Each is built by itself (data.directory=...)."""
+    shuffle_block: int | None = Field(default=None, gt=0)
+    """Consecutive samples that stay close to each other in every epoch, so that reads are near-sequential where a
+    jump is dear (object stores). Null shuffles all samples freely."""
+    shuffle_window: int = Field(default=1024, gt=0)
+    """Blocks that are shuffled with each other, with `shuffle_block`. Several times the global batch, or the samples
+    of a batch are often neighbours."""
+    on_corrupt: Literal["raise", "replace"] = "raise"
+    """A sample whose bytes are damaged stops training, or another takes its place, with a warning and a count in
+    metrics.jsonl. May be changed when a run goes on."""
+    max_replaced: int = Field(default=16, ge=0)
+    """Samples replaced in a run, over all ranks, above which training stops after all."""
     source: Source = PythonDocsSource()
     tokenizer: Tokenizer = BPETokenizerConfig()
     sample_length: int = Field(default=256, gt=0)
@@ -128,6 +166,24 @@ class DataConfig(StrictModel):
     """Samples in a tar; the last of a part of the source holds what is left."""
     member_bytes: int = Field(default=8192, ge=1)
     """A tar member holds as many samples as it takes to reach this size."""
+
+    @model_validator(mode="after")
+    def _mixture_is_sound(self) -> DataConfig:
+        if not self.mixture:
+            return self
+        names = [source.name for source in self.mixture]
+        if len(set(names)) < len(names):
+            raise ValueError(f"mixture: the names {', '.join(names)} are not all different; set name in each")
+        places = {posixpath.normpath(source.directory) for source in self.mixture}
+        if posixpath.normpath(self.directory) not in places:
+            raise ValueError(
+                f"directory ({self.directory}) must be one of the mixture's: {', '.join(sorted(places))}"
+            )
+        try:
+            find_quotas([source.weight for source in self.mixture])
+        except ValueError as error:
+            raise ValueError(f"mixture: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataConfig:
@@ -156,3 +212,29 @@ class DataConfig(StrictModel):
         """Shares of the documents for validation and for testing, where the split is by id."""
         validation = 0.01 if self.validation_fraction is None else self.validation_fraction
         return validation, 0.01 if self.test_fraction is None else self.test_fraction
+
+    def build_values(self) -> dict[str, Any]:
+        """What of it decides the content of the shards, as JSON.
+
+        Settings younger than the format are left out at their defaults, so that directories built before them stay
+        up to date.
+        """
+        values = self.model_dump(mode="json", exclude={"directory", *READING_FIELDS})
+        if not self.deduplicate:
+            del values["deduplicate"]
+        if values["source"].get("row_groups_per_unit", 0) is None:
+            del values["source"]["row_groups_per_unit"]
+        return values
+
+    def run_values(self) -> dict[str, Any]:
+        """What of it decides the course of training, as JSON.
+
+        Reading options at their defaults are left out, so that runs from before there were any go on; so is what to
+        do with damage.
+        """
+        reading = {
+            name
+            for name in READING_FIELDS - {"on_corrupt", "max_replaced"}
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
+        return {**self.build_values(), **self.model_dump(mode="json", include={"directory", *reading})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from data_pipeline.packing import LENGTH, NUM_BYTES, SEGMENT_COLUMNS, START
 from data_pipeline.shards import ShardReader, tar_path
 
 Batch = dict[str, Tensor]
+Indices = Sequence[int] | NDArray[np.integer]
 TOKEN_ARRAYS = ("segments", "tokens")
 _OPEN_SHARDS = 256
 """Shards kept open at a time: bounds the file descriptors, whatever the size of the dataset."""
@@ -66,13 +68,7 @@ class TokenDataset:
         self._dtype = np.dtype(manifest.token_dtype)
         self._folder = self.directory / split
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        there = {path.name for path in self._folder.iterdir()} if self._folder.is_dir() else set()
-        for shard in self.shards:
-            if tar_path(self._folder, shard.name).name not in there:
-                raise MissingShardError(
-                    f"{tar_path(self._folder, shard.name)}: listed in the manifest but not there; restore it "
-                    "or build again"
-                )
+        require_shards(self._folder, [shard.name for shard in self.shards], "build")
         self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
@@ -82,9 +78,7 @@ class TokenDataset:
         """Sample indices of one shard."""
         return range(int(self._first[shard_index]), int(self._first[shard_index + 1]))
 
-    def locate(
-        self, indices: Sequence[int] | NDArray[np.integer]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def locate(self, indices: Indices) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """([B] shards, [B] samples inside the shards) of sample indices.
 
         Raises:
@@ -100,12 +94,12 @@ class TokenDataset:
         shard = self.shards[shard_index]
         return ShardReader(self._folder, shard.name, TOKEN_ARRAYS, shard.samples, shard.file_bytes)
 
-    def read_segments(self, indices: Sequence[int] | NDArray[np.integer]) -> list[NDArray[np.int64]]:
+    def read_segments(self, indices: Indices) -> list[NDArray[np.int64]]:
         """[m, 6] segments of each of these samples, columns as in `packing.SEGMENT_COLUMNS`."""
         rows = read_rows(self._reader, "segments", *self.locate(indices))
         return [np.frombuffer(row, dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS)) for row in rows]
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+    def read(self, indices: Indices) -> Batch:
         """The samples at these indices, in this order.
 
         Returns:
@@ -138,6 +132,23 @@ class TokenDataset:
             "sample_index": torch.from_numpy(np.array(indices, dtype=np.int64)),
             "num_bytes": torch.from_numpy(num_bytes),
         }
+
+
+def require_shards(folder: Path, names: Sequence[str], made_by: str) -> None:
+    """Checks that the tars of all these shards are there; by one listing, since there may be 10^5.
+
+    Args:
+        made_by: what writes them, for the message.
+
+    Raises:
+        MissingShardError: names the first that is not.
+    """
+    there = set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208 - paths would take longer
+    for name in names:
+        if f"{name}.tar" not in there:
+            raise MissingShardError(
+                f"{tar_path(folder, name)}: listed in the manifest but not there; restore it or {made_by} again"
+            )
 
 
 def read_rows(

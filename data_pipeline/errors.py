@@ -1,4 +1,4 @@
-"""Errors of the shard directories. All are ValueErrors, so a command prints them without a traceback."""
+"""Errors of the shard directories. What a user can mend is a ValueError, which commands print without a traceback."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ class CodecMismatchError(DatasetError):
 
 class FingerprintMismatchError(DatasetError):
     """The codes, or a saved position, belong to other token shards."""
+
+
+class MixtureError(DatasetError):
+    """The datasets of a mixture do not fit together."""
+
+
+class DataWorkerError(RuntimeError):
+    """A process that reads data died."""
 
 
 class SourceError(ValueError):

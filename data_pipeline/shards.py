@@ -27,6 +27,8 @@ from data_pipeline.packing import LENGTH, NUM_BYTES, ROW, PackedSample
 # Where one sample's rows of one array lie: offset and size in the tar in bytes, crc32 of those bytes.
 _PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 _BLOCK = tarfile.BLOCKSIZE
+_SINGLE_ROWS = 64
+"""Rows of an index that are read one by one before all are: with many shards, each is asked for a few only."""
 
 
 def index_dtype(arrays: Sequence[str]) -> np.dtype:
@@ -179,14 +181,20 @@ class ShardReader:
                 raise MissingShardError(
                     f"{path}: listed in the manifest but not there; restore it or build again"
                 )
-        expected = index_dtype(sorted(arrays))
-        content = index.read_bytes()
-        header = _npy_header(expected, samples)
-        if content[: len(header)] != header or len(content) != len(header) + samples * expected.itemsize:
+        self._row = index_dtype(sorted(arrays))
+        self._index = os.open(index, os.O_RDONLY)
+        header = _npy_header(self._row, samples)
+        size = os.fstat(self._index).st_size
+        if (
+            size != len(header) + samples * self._row.itemsize
+            or os.pread(self._index, len(header), 0) != header
+        ):
             raise CorruptShardError(
                 f"{index}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
             )
-        self._index = np.frombuffer(content, dtype=expected, offset=len(header))
+        self._first_row, self._samples = len(header), samples
+        self._asked = 0
+        self._rows: NDArray[Any] | None = None
         self._file = os.open(self.path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._file).st_size
         if self._file_bytes != file_bytes:
@@ -195,8 +203,32 @@ class ShardReader:
             )
 
     def __del__(self) -> None:  # closed when the last thread lets go of it, never under a running pread
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        for name in ("_index", "_file"):
+            if hasattr(self, name):
+                os.close(getattr(self, name))
+
+    def _places(self, array: str, samples: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(offset, size, crc32) of these samples' rows of `array`."""
+        if self._asked < _SINGLE_ROWS:
+            self._asked += len(samples)
+            first = self._first_row + self._row.fields[array][1]  # type: ignore[index]
+            found = self._pread_index(
+                [(first + sample * self._row.itemsize, _PLACE.itemsize) for sample in samples]
+            )
+            return np.frombuffer(found, dtype=_PLACE).tolist()
+        if self._rows is None:
+            found = self._pread_index([(self._first_row, self._samples * self._row.itemsize)])
+            self._rows = np.frombuffer(found, dtype=self._row)
+        # tolist() turns the whole selection into Python numbers at once
+        return self._rows[array][np.asarray(samples)].tolist()
+
+    def _pread_index(self, parts: Sequence[tuple[int, int]]) -> bytes:
+        found = b"".join(os.pread(self._index, size, offset) for offset, size in parts)
+        if len(found) != sum(size for _, size in parts):
+            raise CorruptShardError(
+                f"{self.path}: its index was cut while it was in use; restore or rebuild the shard"
+            )
+        return found
 
     def read(self, array: str, samples: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
         """The bytes of these samples' rows of `array`, one string a sample.
@@ -205,13 +237,12 @@ class ShardReader:
             CorruptShardError: they are not the bytes that were written; names the first such sample.
         """
         rows = []
-        # tolist() turns the whole selection into Python numbers at once
-        places = self._index[array][np.asarray(samples)].tolist()
-        for position, (offset, size, crc) in enumerate(places):
+        wanted = np.asarray(samples).tolist()
+        for sample, (offset, size, crc) in zip(wanted, self._places(array, wanted), strict=True):
             data = os.pread(self._file, size, offset) if offset + size <= self._file_bytes else b""
             if len(data) != size or zlib.crc32(data) != crc:
                 raise CorruptShardError(
-                    f"{self.path}: sample {samples[position]} is damaged: its {array} do not match the index "
+                    f"{self.path}: sample {sample} is damaged: its {array} do not match the index "
                     "(crc32); run 'python -m data_pipeline verify' on the directory and restore or rebuild "
                     "the shard"
                 )

@@ -155,14 +155,17 @@ def run_hash(config: RunConfig, precision: str) -> str:
     """Identity of a run: everything that changes its numbers."""
     train = config.train.model_dump(
         mode="json",
-        exclude={"log_every", "checkpoint_every", "keep_last", "num_workers", "max_time_s", "precision"},
+        exclude={
+            *("log_every", "checkpoint_every", "keep_last", "max_time_s", "precision"),
+            *("num_workers", "worker_kind"),
+        },
     )
     content = {
         "stage": config.stage,
         "seed": config.seed,
         "codec": config.codec.model_dump(mode="json"),
         "latent_model": config.latent_model.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.run_values(),
         "train": train,
         "precision": precision,
     }

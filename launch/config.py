@@ -112,6 +112,9 @@ class TrainConfig(StrictModel):
     """Number of newest complete checkpoints that are kept."""
     num_workers: int = Field(default=1, ge=0)
     """Threads or processes per rank that read data ahead. 0 reads in the training loop."""
+    worker_kind: Literal["thread", "process"] = "thread"
+    """Threads cost least: a batch from a process goes through a pipe. Processes keep what reading costs off the
+    training process's interpreter."""
     max_time_s: float | None = Field(default=None, gt=0)
     """Seconds after which the run saves a checkpoint and stops, to be continued later. Null: no limit."""
 

@@ -18,8 +18,16 @@ def run_directory(config: RunConfig, stage: Stage) -> Path:
 
 
 def codes_directory(config: RunConfig) -> Path:
-    """Code shards of the finished codec."""
+    """Code shards of the finished codec; those of a mixture in a subdirectory for each source."""
     return project_directory(config) / "codes"
+
+
+def source_directories(config: RunConfig) -> dict[str, tuple[Path, Path]]:
+    """Token shards and their code shards by source; without a mixture there is one source, named ''."""
+    codes = codes_directory(config)
+    if not config.data.mixture:
+        return {"": (Path(config.data.directory), codes)}
+    return {source.name: (Path(source.directory), codes / source.name) for source in config.data.mixture}
 
 
 def model_directory(config: RunConfig) -> Path:

@@ -7,7 +7,8 @@ With `codec.model: identity` there is no checkpoint to give: the codec is made h
 were chosen for too, from which `stochastic_codes` draws in training.
 
 Task i of n takes every n-th shard; finished shards are skipped, so a killed task is simply started again. The
-task that finds all shards done completes the directory.
+task that finds all shards done completes the directory. Of a mixture (`data.mixture`) the sources are encoded one
+after the other, each into a directory of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from data_pipeline.errors import MissingShardError
 from data_pipeline.progress import Progress
 from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
-from launch.paths import codes_directory, model_directory
+from launch.paths import codes_directory, model_directory, source_directories
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
 from rqvae.loading import Codec
 
@@ -88,11 +89,25 @@ def encode(
     """
     codec_hash = codec.codec_hash()
     codec.to("cuda" if torch.cuda.is_available() else "cpu")
-    output, tokens = codes_directory(config), config.data.directory
     if with_latents:
         if not isinstance(codec, RQVAE):
             raise ValueError("--latents: the identity codec has no latents, and nothing to draw from")
-        keep_quantizer(codec, codec_hash, output / "quantizer")
+        keep_quantizer(codec, codec_hash, codes_directory(config) / "quantizer")
+    for tokens, output in source_directories(config).values():
+        encode_source(tokens, output, codec, codec_hash, with_latents, task_index, num_tasks, batch_size)
+
+
+def encode_source(
+    tokens: Path,
+    output: Path,
+    codec: Codec,
+    codec_hash: str,
+    with_latents: bool,
+    task_index: int,
+    num_tasks: int,
+    batch_size: int,
+) -> None:
+    """`encode` for one directory of token shards."""
     for split in SPLITS:
         dataset = TokenDataset(tokens, split)
         check_vocabulary(dataset, codec.config.backbone.architecture)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data_pipeline import CodeDataset, TokenDataset
+from data_pipeline import CodeDataset, MixtureDataset, TokenDataset
 from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
-from launch.paths import codes_directory
+from launch.paths import codes_directory, source_directories
 from rqvae.backbone import BaseLM
 from rqvae.encoder import chunk_documents
 from rqvae.flat_transformer import FlatTransformer
@@ -27,6 +27,8 @@ from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
 Batch = Mapping[str, Tensor]
+Part = TokenDataset | CodeDataset
+Dataset = Part | MixtureDataset
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,33 @@ class Task(ABC):
         self.config = config
 
     @abstractmethod
-    def dataset(self, split: str) -> TokenDataset | CodeDataset:
-        """The data of a split."""
+    def open(self, split: str, tokens: Path, codes: Path) -> Part:
+        """The split of one source of data."""
 
-    def check_data(self, dataset: TokenDataset | CodeDataset) -> None:
+    def dataset(self, split: str) -> Dataset:
+        """The data of a split: the one source, or the mixture of all."""
+        parts = {
+            name: self.open(split, tokens, codes)
+            for name, (tokens, codes) in source_directories(self.config).items()
+        }
+        weights = {source.name: source.weight for source in self.config.data.mixture}
+        return MixtureDataset(parts, weights) if weights else next(iter(parts.values()))
+
+    def any_part(self) -> Part:
+        """The training split of the first source, for what all have in common."""
+        return self.open("train", *next(iter(source_directories(self.config).values())))
+
+    def check_data(self, dataset: Dataset) -> None:
         """Refuse data that do not belong to the model, before it is built.
 
         Raises:
             ValueError: says what does not fit and what to do.
         """
+        for part in dataset.parts.values() if isinstance(dataset, MixtureDataset) else [dataset]:
+            self.check_part(part)
+
+    def check_part(self, dataset: Part) -> None:
+        """`check_data` of one source."""
 
     def notes(self) -> list[str]:
         """Lines to be said at the start of training."""
@@ -98,9 +118,7 @@ class Task(ABC):
         """Parameters that started from pretrained weights."""
         return iter(())
 
-    def before_step(
-        self, engine: nn.Module, dataset: TokenDataset | CodeDataset, step: int, rank: int, world_size: int
-    ) -> None:
+    def before_step(self, engine: nn.Module, dataset: Dataset, step: int, rank: int, world_size: int) -> None:
         """Called by all ranks before the forward pass of a step; `engine` is the model under DeepSpeed."""
 
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -126,17 +144,17 @@ def _token_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
 class BaseLMTask(Task):
     """The plain autoregressive model."""
 
-    def dataset(self, split: str) -> TokenDataset:
-        return TokenDataset(self.config.data.directory, split)
+    def open(self, split: str, tokens: Path, codes: Path) -> TokenDataset:
+        return TokenDataset(tokens, split)
 
-    def check_data(self, dataset: TokenDataset) -> None:  # type: ignore[override]
+    def check_part(self, dataset: TokenDataset) -> None:  # type: ignore[override]
         check_vocabulary(dataset, self.config.codec.backbone.architecture)
 
     def create_model(self) -> BaseLM:
-        return BaseLM(self.config.codec.backbone.architecture, self.dataset("train").eos_token_id)
+        return BaseLM(self.config.codec.backbone.architecture, self.any_part().eos_token_id)
 
     def load_model(self, directory: Path) -> BaseLM:
-        return BaseLM.from_pretrained(directory, self.dataset("train").eos_token_id)
+        return BaseLM.from_pretrained(directory, self.any_part().eos_token_id)
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         out = model(batch["input_ids"], batch["document_ids"], num_tokens=num_tokens)
@@ -149,10 +167,10 @@ class BaseLMTask(Task):
 class RQVAETask(Task):
     """The codec: frozen-backbone warm-up, then everything."""
 
-    def dataset(self, split: str) -> TokenDataset:
-        return TokenDataset(self.config.data.directory, split)
+    def open(self, split: str, tokens: Path, codes: Path) -> TokenDataset:
+        return TokenDataset(tokens, split)
 
-    def check_data(self, dataset: TokenDataset) -> None:  # type: ignore[override]
+    def check_part(self, dataset: TokenDataset) -> None:  # type: ignore[override]
         backbone = self.config.codec.backbone
         check_vocabulary(dataset, backbone.architecture)
         if backbone.pretrained is not None:
@@ -183,7 +201,7 @@ class RQVAETask(Task):
     def before_step(
         self,
         engine: nn.Module,
-        dataset: TokenDataset | CodeDataset,
+        dataset: Dataset,
         step: int,
         rank: int,
         world_size: int,
@@ -201,7 +219,10 @@ class RQVAETask(Task):
         num_batches = -(-num_samples // (size * world_size))
         generator = torch.Generator().manual_seed(self.config.seed)
         # Drawn with replacement: there may be more samples than fit a permutation.
-        samples = torch.randint(len(dataset), (num_samples,), generator=generator)
+        if isinstance(dataset, MixtureDataset):
+            samples = dataset.draw(num_samples, generator)
+        else:
+            samples = torch.randint(len(dataset), (num_samples,), generator=generator)
         quantizer: ResidualQuantizer = engine.module.quantizer  # type: ignore[union-attr,assignment]
         device = quantizer.levels[0].codebook.device
         engine.eval()
@@ -279,21 +300,16 @@ class RQVAETask(Task):
 class RQTransformerTask(Task):
     """The latent model, on the codes of a finished codec."""
 
-    def _token_dataset(self, split: str) -> TokenDataset:
-        return TokenDataset(self.config.data.directory, split)
-
-    def dataset(self, split: str) -> CodeDataset:
+    def open(self, split: str, tokens: Path, codes: Path) -> CodeDataset:
         return CodeDataset(
-            self._token_dataset(split),
-            codes_directory(self.config),
-            with_latents=self.config.train.stochastic_codes,
+            TokenDataset(tokens, split), codes, with_latents=self.config.train.stochastic_codes
         )
 
     @property
     def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
         return RQTransformer if self.config.latent_model.model == "rq_transformer" else FlatTransformer
 
-    def check_data(self, dataset: CodeDataset) -> None:  # type: ignore[override]
+    def check_part(self, dataset: CodeDataset) -> None:  # type: ignore[override]
         if self.config.train.stochastic_codes and self._quantizer.codec_hash != dataset.codec_hash:
             raise ValueError(
                 f"'{codes_directory(self.config)}/quantizer' is not of the codec that made the codes beside it; "
@@ -308,7 +324,8 @@ class RQTransformerTask(Task):
         return [] if match is None else [match]
 
     def create_model(self) -> LatentModel:
-        codes = self.dataset("train")
+        codes = self.any_part()
+        assert isinstance(codes, CodeDataset)
         codec = self.config.codec
         made_by = (codes.compression_factor, tuple(codes.codebook_sizes))
         if made_by != (codec.compression_factor, codec.codebook_sizes):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipeline import CodeDataset, StepLoader, TokenDataset
+from data_pipeline import MixtureDataset, StepLoader
 from data_pipeline.progress import Progress
 from launch import checkpoints, tasks
 from launch.config import RunConfig, check_world_size, load_config
@@ -70,7 +70,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     run_hash = checkpoints.run_hash(config, precision)
     resumed = checkpoints.newest(directory / "checkpoints")
 
-    def open_data() -> TokenDataset | CodeDataset:
+    def open_data() -> tasks.Dataset:
         dataset = task.dataset("train")
         checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
         if resumed is None:
@@ -115,9 +115,16 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
             rank=rank,
             world_size=world_size,
             seed=config.seed,
-            start_step=step,
             num_workers=config.train.num_workers,
+            worker_kind=config.train.worker_kind,
+            shuffle_block=config.data.shuffle_block,
+            shuffle_window=config.data.shuffle_window,
+            on_corrupt=config.data.on_corrupt,
+            max_replaced=config.data.max_replaced,
+            sum_over_ranks=lambda count: int(joined(torch.tensor(count, device=device))),
         )
+        if resumed is not None:
+            loader.load_state(resumed.state.loader)
         progress = Progress(phase.end, f"{config.stage} ({phase.name})", initial=step, shown=rank == 0)
         while step < phase.end and stopped is None:
             _, batch = window.timed("data_wait_s", loader.__next__)
@@ -146,7 +153,8 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
                     "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
                     "tokens_per_s": float(sums["tokens"]) / times["window_s"],
                 }
-                record(tracker, phase, "train", step, metrics | task.state_metrics(model) | times)
+                metrics |= task.state_metrics(model) | loader.metrics()
+                record(tracker, phase, "train", step, metrics | times)
                 progress.update(0, loss=metrics["loss"])
             if step % config.train.eval_every == 0 or step == config.train.steps:
                 validation = validate(task, engine, config, rank, world_size, device, step - 1)
@@ -181,16 +189,21 @@ def validate(
     device: torch.device,
     step: int,
 ) -> dict[str, float]:
-    """Metrics over the first samples of the validation split, the same number of passes on every rank."""
+    """Metrics over the first samples of the validation split, the same number of passes on every rank.
+
+    Those of a mixture are taken in the weights' proportions.
+    """
     dataset = task.dataset("validation")
-    total = min(config.train.eval_samples, len(dataset))
+    count = min(config.train.eval_samples, len(dataset))
+    samples = dataset.evaluation_indices(count) if isinstance(dataset, MixtureDataset) else range(count)
+    total = len(samples)
     window = Window(device)
     engine.eval()
     size = config.train.micro_batch_size
     with torch.no_grad():
         for start in range(0, total, size * world_size):
             first = start + rank * size
-            indices = [min(index, total - 1) for index in range(first, first + size)]
+            indices = [int(samples[min(index, total - 1)]) for index in range(first, first + size)]
             batch = to_device(dataset.read(indices), device)
             # A rank beyond the end takes part with padding, which counts for nothing.
             beyond = torch.arange(first, first + size, device=device) >= total
