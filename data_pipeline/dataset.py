@@ -117,27 +117,40 @@ class TokenDataset:
             IndexError: there is no such sample.
         """
         shards, samples = self.locate(indices)
-        size, length = len(shards), self.sample_length
-        token_rows = read_rows(self._reader, "tokens", shards, samples)
-        tokens = np.frombuffer(b"".join(token_rows), dtype=self._dtype).reshape(size, length)
+        return assemble(
+            read_rows(self._reader, "tokens", shards, samples),
+            read_rows(self._reader, "segments", shards, samples),
+            indices,
+            self._dtype,
+        )
 
-        segment_rows = read_rows(self._reader, "segments", shards, samples)
-        segments = np.frombuffer(b"".join(segment_rows), dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS))
-        counts = np.array([len(row) for row in segment_rows], dtype=np.int64) // segments.strides[0]
-        owner = np.repeat(np.arange(size), counts)
-        number = np.arange(1, len(segments) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
-        # +number at the start of each segment and -number behind its end: the running sum is the document id
-        steps = np.zeros((size, length + 1), dtype=np.int64)
-        steps[owner, segments[:, START]] += number
-        steps[owner, segments[:, START] + segments[:, LENGTH]] -= number
-        num_bytes = np.zeros(size, dtype=np.int64)
-        np.add.at(num_bytes, owner, segments[:, NUM_BYTES])
-        return {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
-            "document_ids": torch.from_numpy(steps[:, :length].cumsum(axis=1)),
-            "sample_index": torch.from_numpy(np.array(indices, dtype=np.int64)),
-            "num_bytes": torch.from_numpy(num_bytes),
-        }
+
+def assemble(
+    token_rows: Sequence[bytes],
+    segment_rows: Sequence[bytes],
+    indices: Sequence[int] | NDArray[np.integer],
+    token_dtype: np.dtype,
+) -> Batch:
+    """The batch of `TokenDataset.read` from the bytes of its samples."""
+    size = len(token_rows)
+    tokens = np.frombuffer(b"".join(token_rows), dtype=token_dtype).reshape(size, -1)
+    length = tokens.shape[1]
+    segments = np.frombuffer(b"".join(segment_rows), dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS))
+    counts = np.array([len(row) for row in segment_rows], dtype=np.int64) // segments.strides[0]
+    owner = np.repeat(np.arange(size), counts)
+    number = np.arange(1, len(segments) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
+    # +number at the start of each segment and -number behind its end: the running sum is the document id
+    steps = np.zeros((size, length + 1), dtype=np.int64)
+    steps[owner, segments[:, START]] += number
+    steps[owner, segments[:, START] + segments[:, LENGTH]] -= number
+    num_bytes = np.zeros(size, dtype=np.int64)
+    np.add.at(num_bytes, owner, segments[:, NUM_BYTES])
+    return {
+        "input_ids": torch.from_numpy(tokens.astype(np.int64)),
+        "document_ids": torch.from_numpy(steps[:, :length].cumsum(axis=1)),
+        "sample_index": torch.from_numpy(np.array(indices, dtype=np.int64)),
+        "num_bytes": torch.from_numpy(num_bytes),
+    }
 
 
 def read_rows(

@@ -156,6 +156,22 @@ def _npy_header(dtype: np.dtype, rows: int) -> bytes:
     return buffer.getvalue()
 
 
+def parse_index(content: bytes, path: str, arrays: Sequence[str], samples: int) -> NDArray[Any]:
+    """[samples] rows of `index_dtype` from the bytes of an index.
+
+    Raises:
+        CorruptShardError: it is not an index of so many samples.
+    """
+    expected = index_dtype(sorted(arrays))
+    header = _npy_header(expected, samples)
+    if content[: len(header)] != header or len(content) != len(header) + samples * expected.itemsize:
+        name = Path(path).name.removesuffix(".index.npy")
+        raise CorruptShardError(
+            f"{path}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
+        )
+    return np.frombuffer(content, dtype=expected, offset=len(header))
+
+
 class ShardReader:
     """Reads single samples of one shard, checking every byte it returns. Safe to use from several threads.
 
@@ -179,14 +195,7 @@ class ShardReader:
                 raise MissingShardError(
                     f"{path}: listed in the manifest but not there; restore it or build again"
                 )
-        expected = index_dtype(sorted(arrays))
-        content = index.read_bytes()
-        header = _npy_header(expected, samples)
-        if content[: len(header)] != header or len(content) != len(header) + samples * expected.itemsize:
-            raise CorruptShardError(
-                f"{index}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
-            )
-        self._index = np.frombuffer(content, dtype=expected, offset=len(header))
+        self._index = parse_index(index.read_bytes(), str(index), arrays, samples)
         self._file = os.open(self.path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._file).st_size
         if self._file_bytes != file_bytes:
