@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data_pipeline.config import DataConfig
     from data_pipeline.dataset import TokenDataset
     from data_pipeline.loader import StepLoader
+    from data_pipeline.streaming import StreamLoader
     from data_pipeline.tokenizer import load_tokenizer
     from data_pipeline.verification import verify
 
@@ -22,6 +23,7 @@ _MODULES = {
     "CodeDataset": "codes",
     "DataConfig": "config",
     "StepLoader": "loader",
+    "StreamLoader": "streaming",
     "TokenDataset": "dataset",
     "build": "builder",
     "code_shard_is_done": "codes",
@@ -35,6 +37,7 @@ __all__ = [
     "CodeDataset",
     "DataConfig",
     "StepLoader",
+    "StreamLoader",
     "TokenDataset",
     "build",
     "code_shard_is_done",

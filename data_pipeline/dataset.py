@@ -66,6 +66,10 @@ class TokenDataset:
         self._dtype = np.dtype(manifest.token_dtype)
         self._folder = self.directory / split
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._check_shards()
+        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+
+    def _check_shards(self) -> None:
         there = {path.name for path in self._folder.iterdir()} if self._folder.is_dir() else set()
         for shard in self.shards:
             if tar_path(self._folder, shard.name).name not in there:
@@ -73,7 +77,6 @@ class TokenDataset:
                     f"{tar_path(self._folder, shard.name)}: listed in the manifest but not there; restore it "
                     "or build again"
                 )
-        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
         return int(self._first[-1])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from webdataset import filters
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
-from data_pipeline.dataset import Batch, assemble
-from data_pipeline.errors import DatasetError, EmptySplitError
+from data_pipeline.dataset import Batch, TokenDataset, assemble
+from data_pipeline.errors import DatasetError, EmptySplitError, FingerprintMismatchError
 from data_pipeline.permutation import Permutation
 from data_pipeline.shard_stream import Piece, Sample, ShardStore, read_pieces
 
@@ -77,8 +79,9 @@ class StreamOrder:
     def _shuffle(
         self, stream: int, epoch: int, skipped: int, buffers: Iterator[list[Sample]]
     ) -> Iterator[list[Sample]]:
-        per_epoch = self.streams * -(-self._length // self._buffer)
-        for number, buffer in enumerate(buffers, epoch * per_epoch + skipped * self.streams + stream):
+        buffers_per_stream = -(-self._length // self._buffer)
+        first = (epoch * self.streams + stream) * buffers_per_stream + skipped
+        for number, buffer in enumerate(buffers, first):
             order = Permutation(len(buffer), self.seed, number)
             yield [buffer[position] for position in order(np.arange(len(buffer)))]
 
@@ -95,6 +98,44 @@ class StreamOrder:
             rows = range(max(begin - start, 0), min(end - start, int(sizes[place])))
             pieces.append(Piece(int(shards[place]), rows))
         return pieces
+
+
+class StreamedDataset(TokenDataset):
+    """A split whose shards lie elsewhere than its manifest: the few samples that are read at random come from there.
+
+    Every read fetches the tar members around the samples, checked as a stream is.
+
+    Args:
+        directory: holds the manifest; the split's shards need not be there.
+        url: directory or fsspec URL that holds them.
+
+    Raises:
+        DatasetError: as `TokenDataset` and `ShardStore`.
+        FingerprintMismatchError: another dataset lies there.
+    """
+
+    def __init__(self, directory: str | Path, split: str, url: str) -> None:
+        super().__init__(directory, split)
+        self._store = ShardStore(url, split)
+        there = self._store.manifest.fingerprint
+        if there != self.fingerprint:
+            raise FingerprintMismatchError(
+                f"{url} holds another dataset (fingerprint {there[:16]}) than {directory} "
+                f"({self.fingerprint[:16]}): copy the manifest, or upload the shards again"
+            )
+
+    def _check_shards(self) -> None:
+        """A missing shard shows when it is read: listing a store of many shards is dear."""
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+        """As `TokenDataset.read`."""
+        order = np.argsort(np.asarray(indices), kind="stable")
+        places = zip(*(place[order].tolist() for place in self.locate(indices)), strict=True)
+        pieces = [Piece(shard, range(row, row + 1)) for shard, row in places]
+        samples: list[Sample] = [sample for _, sample in sorted(zip(order.tolist(), read_pieces(self._store, pieces)))]
+        return assemble(
+            [sample.tokens for sample in samples], [sample.segments for sample in samples], indices, self._dtype
+        )
 
 
 class _StreamReader(IterableDataset[Batch | DatasetError]):

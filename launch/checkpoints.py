@@ -157,6 +157,10 @@ def run_hash(config: RunConfig, precision: str) -> str:
         mode="json",
         exclude={"log_every", "checkpoint_every", "keep_last", "num_workers", "max_time_s", "precision"},
     )
+    if config.train.streaming is None:
+        del train["streaming"]  # so that runs from before there was streaming go on
+    else:
+        del train["streaming"]["url"]  # the data's place is not their content
     content = {
         "stage": config.stage,
         "seed": config.seed,

@@ -16,6 +16,7 @@ from data_pipeline import CodeDataset, TokenDataset
 from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
+from launch.loading import open_tokens
 from launch.paths import codes_directory
 from rqvae.backbone import BaseLM
 from rqvae.encoder import chunk_documents
@@ -127,7 +128,7 @@ class BaseLMTask(Task):
     """The plain autoregressive model."""
 
     def dataset(self, split: str) -> TokenDataset:
-        return TokenDataset(self.config.data.directory, split)
+        return open_tokens(self.config, split)
 
     def check_data(self, dataset: TokenDataset) -> None:  # type: ignore[override]
         check_vocabulary(dataset, self.config.codec.backbone.architecture)
@@ -150,7 +151,7 @@ class RQVAETask(Task):
     """The codec: frozen-backbone warm-up, then everything."""
 
     def dataset(self, split: str) -> TokenDataset:
-        return TokenDataset(self.config.data.directory, split)
+        return open_tokens(self.config, split)
 
     def check_data(self, dataset: TokenDataset) -> None:  # type: ignore[override]
         backbone = self.config.codec.backbone
@@ -280,7 +281,7 @@ class RQTransformerTask(Task):
     """The latent model, on the codes of a finished codec."""
 
     def _token_dataset(self, split: str) -> TokenDataset:
-        return TokenDataset(self.config.data.directory, split)
+        return open_tokens(self.config, split)
 
     def dataset(self, split: str) -> CodeDataset:
         return CodeDataset(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipeline import CodeDataset, StepLoader, TokenDataset
+from data_pipeline import CodeDataset, TokenDataset
 from launch import checkpoints, tasks
 from launch.config import RunConfig, check_world_size, load_config
 from launch.dry_run import dry_run
@@ -31,6 +31,7 @@ from launch.engine import (
     stop_process_group,
 )
 from launch.environment import capture_environment
+from launch.loading import open_loader
 from launch.paths import run_directory
 from launch.progress import Progress
 from launch.stop import StopRequest, agree
@@ -109,15 +110,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         if resumed is not None and same_phase:
             window.load_state(checkpoints.load(engine, resumed))
 
-        loader = StepLoader(
-            dataset,
-            global_batch_size=config.train.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-            start_step=step,
-            num_workers=config.train.num_workers,
-        )
+        loader = open_loader(config, dataset, rank, world_size, start_step=step)
         progress = Progress(phase.end, f"{config.stage} ({phase.name})", initial=step, rank=rank)
         while step < phase.end and stopped is None:
             _, batch = window.timed("data_wait_s", loader.__next__)
