@@ -27,8 +27,13 @@ from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.dataset import TOKEN_ARRAYS
-from data_pipeline.errors import CorruptShardError, DatasetError, MissingShardError, UnsafeShardError
-from data_pipeline.errors import NotADatasetError
+from data_pipeline.errors import (
+    CorruptShardError,
+    DatasetError,
+    MissingShardError,
+    NotADatasetError,
+    UnsafeShardError,
+)
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardEntry, checked_manifest
 from data_pipeline.shards import parse_index
 
@@ -67,7 +72,9 @@ class ShardStore:
 
     def __init__(self, url: str, split: str) -> None:
         if url.startswith("pipe:"):
-            raise UnsafeShardError(f"{url}: a pipe: URL runs a shell command and is refused; name a directory")
+            raise UnsafeShardError(
+                f"{url}: a pipe: URL runs a shell command and is refused; name a directory"
+            )
         self.url = url.rstrip("/")
         self.split = split
         try:
@@ -234,7 +241,10 @@ def _open_pieces(
 
 
 def _check_pieces(
-    store: ShardStore, pieces: Sequence[Piece], indexes: dict[int, NDArray[Any]], groups: Iterator[dict[str, Any]]
+    store: ShardStore,
+    pieces: Sequence[Piece],
+    indexes: dict[int, NDArray[Any]],
+    groups: Iterator[dict[str, Any]],
 ) -> Iterator[Sample]:
     """Splits what `webdataset` grouped into samples: exactly those of the pieces, each with the bytes it had."""
     for piece in pieces:

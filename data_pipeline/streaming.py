@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from webdataset import filters
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
+from webdataset import filters
 
 from data_pipeline.dataset import Batch, TokenDataset, assemble
 from data_pipeline.errors import DatasetError, EmptySplitError, FingerprintMismatchError
@@ -48,7 +48,9 @@ class StreamOrder:
         if not samples:
             raise EmptySplitError(f"{store.url}: the split {store.split!r} has no samples")
         if streams <= 0 or global_batch_size <= 0 or global_batch_size % streams:
-            raise ValueError(f"global_batch_size ({global_batch_size}) must be a multiple of streams ({streams})")
+            raise ValueError(
+                f"global_batch_size ({global_batch_size}) must be a multiple of streams ({streams})"
+            )
         if samples < global_batch_size:
             raise ValueError(
                 f"global_batch_size ({global_batch_size}) is larger than the split ({samples} samples): use a "
@@ -68,7 +70,9 @@ class StreamOrder:
     def samples(self, stream: int, epoch: int, start_step: int) -> Iterator[Sample]:
         """What a stream yields in an epoch from a step of the epoch on."""
         skipped, offset = divmod(start_step * self.per_step, self._buffer)
-        pieces = self._pieces(epoch, stream * self._length + skipped * self._buffer, (stream + 1) * self._length)
+        pieces = self._pieces(
+            epoch, stream * self._length + skipped * self._buffer, (stream + 1) * self._length
+        )
         shuffled = read_pieces(self.store, pieces).compose(
             filters.batched(self._buffer, collation_fn=None),
             partial(self._shuffle, stream, epoch, skipped),
@@ -132,9 +136,14 @@ class StreamedDataset(TokenDataset):
         order = np.argsort(np.asarray(indices), kind="stable")
         places = zip(*(place[order].tolist() for place in self.locate(indices)), strict=True)
         pieces = [Piece(shard, range(row, row + 1)) for shard, row in places]
-        samples: list[Sample] = [sample for _, sample in sorted(zip(order.tolist(), read_pieces(self._store, pieces)))]
+        samples: list[Sample] = [
+            sample for _, sample in sorted(zip(order.tolist(), read_pieces(self._store, pieces), strict=True))
+        ]
         return assemble(
-            [sample.tokens for sample in samples], [sample.segments for sample in samples], indices, self._dtype
+            [sample.tokens for sample in samples],
+            [sample.segments for sample in samples],
+            indices,
+            self._dtype,
         )
 
 
@@ -165,7 +174,10 @@ class _StreamReader(IterableDataset[Batch | DatasetError]):
             while step < order.steps_per_epoch:
                 steps = min(order.steps_at_a_time, order.steps_per_epoch - step)
                 samples = [
-                    sample for _ in range(steps) for reader in readers for sample in islice(reader, order.per_step)
+                    sample
+                    for _ in range(steps)
+                    for reader in readers
+                    for sample in islice(reader, order.per_step)
                 ]
                 indices, tokens, segments = zip(*samples, strict=True)
                 batch = assemble(tokens, segments, indices, dtype)
@@ -231,7 +243,9 @@ class StreamLoader:
         per_rank = streams // world_size
         self._workers = min(num_workers, per_rank)
         cuts = np.linspace(rank * per_rank, (rank + 1) * per_rank, max(self._workers, 1) + 1).astype(int)
-        parts = [range(start, stop) for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
+        parts = [
+            range(start, stop) for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
+        ]
         self._batches: Iterator[Batch | DatasetError] = iter(
             DataLoader(
                 _StreamReader(self._order, parts, start_step),

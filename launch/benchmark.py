@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     latent = commands.add_parser("latent", help="RQ-transformer against the flat transformer")
     latent.add_argument("--tokens", type=int, nargs="+", default=Grid().tokens, help="T, tokens per sample")
     latent.add_argument("--levels", type=int, nargs="+", default=Grid().levels, help="D, codes per position")
-    loader = commands.add_parser("loader", help="reading samples against webdataset, litdata and mosaicml-streaming")
+    loader = commands.add_parser(
+        "loader", help="reading samples against webdataset, litdata and mosaicml-streaming"
+    )
     loader.add_argument("--samples", type=int, default=SHAPE.samples, help="in the data set")
     loader.add_argument("--length", type=int, default=SHAPE.length, help="T, tokens per sample")
     loader.add_argument("--batch", type=int, default=SHAPE.batch, help="samples per batch")

@@ -68,7 +68,11 @@ def _written(
             rows.append(row)
         except ImportError as error:
             missing.append(
-                {"name": kind.name, "reason": str(error), "install": f"pip install {kind.package or kind.name}"}
+                {
+                    "name": kind.name,
+                    "reason": str(error),
+                    "install": f"pip install {kind.package or kind.name}",
+                }
             )
     return rows, missing
 
@@ -140,7 +144,9 @@ def _summary(speeds: dict[str, list[float]]) -> dict[str, Any]:
         name: {"tokens_per_s": statistics.median(values), "spread": max(values) - min(values)}
         for name, values in speeds.items()
     }
-    best = max((kind.name for kind in PEERS if kind.name in rows), key=lambda name: rows[name]["tokens_per_s"])
+    best = max(
+        (kind.name for kind in PEERS if kind.name in rows), key=lambda name: rows[name]["tokens_per_s"]
+    )
     over = {kind.name: rows[kind.name]["tokens_per_s"] / rows[best]["tokens_per_s"] for kind in OURS}
     return {"rows": rows, "best_peer": best, "over_best_peer": over}
 
@@ -151,9 +157,7 @@ def print_loader(result: dict[str, Any]) -> None:
     for mode, table in result["modes"].items():
         print(mode)
         for name, row in table["rows"].items():
-            print(
-                f"  {name:20}{row['tokens_per_s'] / 1e6:9.1f} M tokens/s  spread {row['spread'] / 1e6:.1f}"
-            )
+            print(f"  {name:20}{row['tokens_per_s'] / 1e6:9.1f} M tokens/s  spread {row['spread'] / 1e6:.1f}")
         ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in table["over_best_peer"].items())
         print(f"  over {table['best_peer']}, the best of the others: {ratios}")
     for row in result["missing"]:

@@ -83,7 +83,10 @@ class OurRow(Row):
                 self.directory / "train",
                 f"shard-{first // per_shard:06d}",
                 f"{first // per_shard:06d}-",
-                [PackedSample(row, segments.copy(), len(starts)) for row in tokens[first : first + per_shard]],
+                [
+                    PackedSample(row, segments.copy(), len(starts))
+                    for row in tokens[first : first + per_shard]
+                ],
                 size,
             )
             for first in range(0, len(tokens), per_shard)
@@ -180,7 +183,9 @@ class LitDataRow(Row):
         from litdata.streaming import Cache, TokensLoader
 
         cache = Cache(
-            str(self.directory), chunk_bytes=_SHARD_BYTES, item_loader=TokensLoader(block_size=self.shape.length)
+            str(self.directory),
+            chunk_bytes=_SHARD_BYTES,
+            item_loader=TokensLoader(block_size=self.shape.length),
         )
         for number, row in enumerate(tokens):
             cache[number] = row
@@ -192,7 +197,10 @@ class LitDataRow(Row):
         from litdata.streaming import TokensLoader
 
         dataset = StreamingDataset(
-            str(self.directory), item_loader=TokensLoader(block_size=self.shape.length), shuffle=True, seed=seed
+            str(self.directory),
+            item_loader=TokensLoader(block_size=self.shape.length),
+            shuffle=True,
+            seed=seed,
         )
         loader = StreamingDataLoader(
             dataset, batch_size=self.shape.batch, num_workers=num_workers, collate_fn=_dtype_rows

@@ -36,7 +36,9 @@ def take(directory: Path | str, steps: int, **options: Any) -> list[tuple[int, l
 
 
 def joined(directory: Path | str, steps: int, world_size: int, **options: Any) -> list[tuple[int, list[int]]]:
-    ranks = [take(directory, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    ranks = [
+        take(directory, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)
+    ]
     return [(parts[0][0], [i for part in parts for i in part[1]]) for parts in zip(*ranks, strict=True)]
 
 
@@ -58,7 +60,9 @@ def test_batches_are_those_of_random_access(built: Path) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 3), (2, 0), (2, 1), (4, 0)])
-def test_order_does_not_depend_on_workers_or_world_size(built: Path, world_size: int, num_workers: int) -> None:
+def test_order_does_not_depend_on_workers_or_world_size(
+    built: Path, world_size: int, num_workers: int
+) -> None:
     steps = steps_per_epoch(built) + 5
     expected = take(built, steps, seed=3)
     assert joined(built, steps, world_size, seed=3, num_workers=num_workers) == expected
@@ -88,7 +92,9 @@ def test_resuming_is_exact_at_any_step_and_into_any_world_that_divides_the_strea
         assert joined(built, 12, world_size, seed=5, start_step=first) == uninterrupted[first:]
 
 
-def test_resuming_reads_at_most_a_buffer_of_each_stream_again(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_reads_at_most_a_buffer_of_each_stream_again(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from data_pipeline import shard_stream, streaming
 
     read = []
@@ -157,7 +163,9 @@ def test_a_flipped_bit_is_named(copy: Path, array: str) -> None:
 def test_a_damaged_header_is_not_the_end_of_the_shard(copy: Path) -> None:
     first = rows(copy, SHARD)["segments"]["offset"]
     group = load_manifest(copy).samples_per_member
-    flip(copy / f"{SHARD}.tar", int(first[3 * group]) // 512 * 512 - 512 + 3)  # in the name of the fourth group
+    flip(
+        copy / f"{SHARD}.tar", int(first[3 * group]) // 512 * 512 - 512 + 3
+    )  # in the name of the fourth group
     with pytest.raises(CorruptShardError, match=rf"{SHARD}.tar: at sample {3 * group}: damaged tar header"):
         read_epoch(copy)
 
@@ -196,7 +204,7 @@ def test_swapped_missing_and_stale_files(copy: Path) -> None:
     with pytest.raises(CorruptShardError, match=rf"{SHARD}.tar: "):
         read_epoch(copy)
     (copy / "manifest.json").unlink()
-    with pytest.raises(NotADatasetError, match="holds no manifest.json"):
+    with pytest.raises(NotADatasetError, match="holds no manifest"):
         read_epoch(copy)
 
 
@@ -204,7 +212,10 @@ def forge(directory: Path, change: Callable[[tarfile.TarInfo], None]) -> None:
     """Rewrites the third member of a shard, and the manifest with it, as someone would who can do both."""
     path = directory / f"{SHARD}.tar"
     buffer = io.BytesIO()
-    with tarfile.open(path) as old, tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as new:
+    with (
+        tarfile.open(path) as old,
+        tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as new,
+    ):
         for number, member in enumerate(old):
             content = old.extractfile(member)
             if number == 2:
@@ -227,7 +238,10 @@ def forge(directory: Path, change: Callable[[tarfile.TarInfo], None]) -> None:
         ({"name": "../../escaped.tokens.npy"}, "would leave the directory"),
         ({"name": "a/../../b.tokens.npy"}, "would leave the directory"),
         ({"name": "/tmp/escaped.tokens.npy"}, "would leave the directory"),
-        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}, "is a link or another special file"),
+        (
+            {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0},
+            "is a link or another special file",
+        ),
         ({"type": tarfile.LNKTYPE, "linkname": "elsewhere", "size": 0}, "is a link or another special file"),
         ({"name": "000001.pyd"}, "is a pickle"),
         ({"name": "000001.pickle"}, "is a pickle"),
