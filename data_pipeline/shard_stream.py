@@ -46,8 +46,8 @@ _PICKLED = (".pyd", ".pickle", ".pkl", ".pth", ".pt")
 class Sample(NamedTuple):
     """One sample's bytes."""
 
-    index: int
-    """Its number in the split."""
+    number: int
+    """Its index in the split."""
     tokens: bytes
     segments: bytes
 

@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     build = commands.add_parser("build", help="text to token shards against datatrove and datasets.map")
     build.add_argument("--mib", type=float, default=BuildShape().mib, help="text to tokenize")
     build.add_argument("--workers", type=int, default=BuildShape().workers, help="processes, and files")
+    build.add_argument("--vocabulary", type=int, default=BuildShape().vocabulary, help="tokens of the BPE")
     for command in (quantizer, loss, latent, loader, build):
         command.add_argument("--repeats", type=int, default=5, help="turns of every row")
     for command in (inference, quantizer, loss, latent, loader, build):
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = benchmark_loader(shape, args.workers, args.repeats)
             print_loader(result)
         elif args.command == "build":
-            result = benchmark_build(BuildShape(args.mib, args.workers), args.repeats)
+            result = benchmark_build(BuildShape(args.mib, args.workers, args.vocabulary), args.repeats)
             print_build(result)
         else:
             result = benchmark_latent(Grid(tuple(args.tokens), tuple(args.levels)), args.repeats)

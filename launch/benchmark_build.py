@@ -32,7 +32,6 @@ from launch.environment import describe_environment
 from launch.measurement import take_turns
 
 OURS, DATATROVE, DATASETS = "data_pipeline build", "datatrove DocumentTokenizer", "datasets.map"
-_VOCABULARY = 4096
 _MIN_CHARACTERS = 100
 
 
@@ -41,6 +40,7 @@ class BuildShape(NamedTuple):
 
     mib: float = 24.0
     workers: int = 2
+    vocabulary: int = 4096
 
 
 def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[str, Any]:
@@ -59,7 +59,9 @@ def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[s
             runs[DATATROVE] = lambda: _run_datatrove(root, shape)
         except metadata.PackageNotFoundError as error:
             version = None
-            missing.append({"name": DATATROVE, "reason": str(error), "install": "pip install datatrove"})
+            missing.append(
+                {"name": DATATROVE, "reason": str(error), "install": "pip install -e .[benchmark-data]"}
+            )
         seconds = take_turns(runs, repeats, torch.device("cpu"))
     rows = {
         name: {
@@ -71,6 +73,7 @@ def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[s
     return {
         "mb": num_bytes / 1e6,
         "workers": shape.workers,
+        "vocabulary": shape.vocabulary,
         "rows": rows,
         "over": {name: rows[OURS]["mb_per_s"] / rows[name]["mb_per_s"] for name in rows if name != OURS},
         "missing": missing,
@@ -88,7 +91,7 @@ def _write_corpus(root: Path, shape: BuildShape) -> int:
         with (root / "text" / f"{worker:03d}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(worker, len(texts), shape.workers):
                 file.write(json.dumps({"id": str(number), "text": texts[number]}) + "\n")
-    config = BPETokenizerConfig(vocab_size=_VOCABULARY)
+    config = BPETokenizerConfig(vocab_size=shape.vocabulary)
     save_bpe(train_bpe(texts[: len(texts) // 4 + 1], config), root / "tokenizer")
     return sum(len(text.encode()) for text in texts)
 

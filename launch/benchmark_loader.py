@@ -36,7 +36,7 @@ def benchmark_loader(shape: LoaderShape = SHAPE, num_workers: int = 2, repeats: 
     with tempfile.TemporaryDirectory() as directory:
         rows, missing = _written(Path(directory), shape, tokens)
         for row in rows:
-            _check(row, tokens)
+            check_row(row, tokens)
         modes = {
             f"{workers} workers, {cache}": _take_turns(rows, workers, cache == "cold", repeats)
             for workers in (0, num_workers)
@@ -48,8 +48,7 @@ def benchmark_loader(shape: LoaderShape = SHAPE, num_workers: int = 2, repeats: 
         "modes": {mode: _summary(measured) for mode, measured in modes.items()},
         "missing": missing,
         "first_batch_at_a_random_position_ms": first,
-        "versions": {row.package: metadata.version(row.package) for row in rows if row.package}
-        | {"webdataset": metadata.version("webdataset")},
+        "versions": {row.package: metadata.version(row.package) for row in rows},
         "repeats": repeats,
         "environment": describe_environment(),
     }
@@ -77,8 +76,12 @@ def _written(
     return rows, missing
 
 
-def _check(row: Row, tokens: NDArray[np.uint16]) -> None:
-    """Every sample once an epoch, in another order than they were written in."""
+def check_row(row: Row, tokens: NDArray[np.uint16]) -> None:
+    """Every sample once an epoch, in another order than they were written in.
+
+    Raises:
+        RuntimeError: what is read is something else.
+    """
     expected = [zlib.crc32(sample.astype("<i8").tobytes()) for sample in tokens]
     batches = islice(row.batches(0, seed=0), row.shape.samples // row.shape.batch)
     read = [zlib.crc32(sample.numpy().tobytes()) for batch in batches for sample in batch]

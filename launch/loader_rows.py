@@ -39,8 +39,10 @@ class Row(ABC):
     """A library: how its files are written, and an endless or one-epoch stream of batches of tokens."""
 
     name: str
-    package: str | None = None
-    """What to install; None for what the project needs anyway."""
+    package: str
+    """Distribution that it comes from."""
+    install = "pip install -e .[benchmark-data]"
+    """How to get what the project does not need by itself."""
 
     def __init__(self, directory: Path, shape: LoaderShape) -> None:
         self.directory = directory
@@ -59,7 +61,7 @@ class Row(ABC):
         """LongTensors [B, T] of one epoch or more, shuffled."""
 
 
-def _dtype_rows(rows: Sequence[NDArray[Any]]) -> Tensor:
+def _token_batch(rows: Sequence[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
@@ -67,6 +69,7 @@ class OurRow(Row):
     """Random access, read by threads."""
 
     name = "StepLoader"
+    package = "rqvae-text"
 
     def write(self, tokens: NDArray[np.uint16]) -> None:  # noqa: D102
         if (self.directory / MANIFEST_NAME).exists():
@@ -141,7 +144,7 @@ class OurStreamRow(OurRow):
 class WebDatasetRow(Row):
     """Stock webdataset: .npy members of many samples each, shuffled shards and a shuffle buffer."""
 
-    name = "webdataset"
+    name = package = "webdataset"
 
     def write(self, tokens: NDArray[np.uint16]) -> None:  # noqa: D102
         import webdataset
@@ -167,7 +170,7 @@ class WebDatasetRow(Row):
             webdataset.WebDataset(urls, shardshuffle=len(urls), seed=seed, empty_check=False)
             .compose(rows)
             .shuffle(_SHUFFLE, seed=seed)
-            .batched(self.shape.batch, collation_fn=_dtype_rows, partial=False)
+            .batched(self.shape.batch, collation_fn=_token_batch, partial=False)
         )
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
         return islice(iter(loader), start_step, None)
@@ -176,8 +179,7 @@ class WebDatasetRow(Row):
 class LitDataRow(Row):
     """litdata's TokensLoader over uncompressed chunks, mapped into memory."""
 
-    name = "litdata"
-    package = "litdata"
+    name = package = "litdata"
 
     def write(self, tokens: NDArray[np.uint16]) -> None:  # noqa: D102
         from litdata.streaming import Cache, TokensLoader
@@ -203,7 +205,7 @@ class LitDataRow(Row):
             seed=seed,
         )
         loader = StreamingDataLoader(
-            dataset, batch_size=self.shape.batch, num_workers=num_workers, collate_fn=_dtype_rows
+            dataset, batch_size=self.shape.batch, num_workers=num_workers, collate_fn=_token_batch
         )
         return islice(iter(loader), start_step, None)
 
@@ -211,8 +213,11 @@ class LitDataRow(Row):
 class MosaicRow(Row):
     """mosaicml-streaming's MDS with arrays of a fixed shape, uncompressed, its own shuffle."""
 
-    name = "mosaicml-streaming"
-    package = "mosaicml-streaming"
+    name = package = "mosaicml-streaming"
+    install = (
+        "it wants an older numpy and transformers: in a copy of this environment, pip install --no-deps "
+        "mosaicml-streaming, and what its import then asks for"
+    )
 
     def write(self, tokens: NDArray[np.uint16]) -> None:  # noqa: D102
         from streaming import MDSWriter
@@ -232,7 +237,7 @@ class MosaicRow(Row):
             dataset,
             batch_size=self.shape.batch,
             num_workers=num_workers,
-            collate_fn=lambda rows: _dtype_rows([row["tokens"] for row in rows]),
+            collate_fn=lambda rows: _token_batch([row["tokens"] for row in rows]),
         )
         return islice(iter(loader), start_step, None)
 

@@ -42,12 +42,13 @@ def joined(directory: Path | str, steps: int, world_size: int, **options: Any) -
     return [(parts[0][0], [i for part in parts for i in part[1]]) for parts in zip(*ranks, strict=True)]
 
 
-def steps_per_epoch(directory: Path) -> int:
-    return len(TokenDataset(directory, "train")) // 8
+def steps_per_epoch(directory: Path | str) -> int:
+    with StreamLoader(str(directory), global_batch_size=8, num_workers=0) as loader:
+        return loader.steps_per_epoch
 
 
 def read_epoch(directory: Path | str) -> None:
-    take(directory, 1_000, seed=1, streams=1)
+    take(directory, steps_per_epoch(directory), seed=1, streams=1)
 
 
 def test_batches_are_those_of_random_access(built: Path) -> None:
@@ -82,7 +83,7 @@ def test_every_sample_once_an_epoch_and_the_tail_dropped_for_all(built: Path) ->
     assert (np.diff(stream) == 1).mean() < 0.3
 
 
-@pytest.mark.parametrize("start", [1, 7, "epoch - 1", "epoch", "epoch + 9"])
+@pytest.mark.parametrize("start", [7, "epoch - 1", "epoch + 9"])
 def test_resuming_is_exact_at_any_step_and_into_any_world_that_divides_the_streams(
     built: Path, start: int | str
 ) -> None:
@@ -103,7 +104,7 @@ def test_resuming_reads_at_most_a_buffer_of_each_stream_again(
     def counting(store: Any, pieces: Any) -> Any:
         def count(samples: Iterator[Any]) -> Iterator[Any]:
             for sample in samples:
-                read.append(sample.index)
+                read.append(sample.number)
                 yield sample
 
         return real(store, pieces).compose(count)
