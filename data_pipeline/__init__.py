@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from data_pipeline.dataset import TokenDataset
     from data_pipeline.loader import StepLoader
     from data_pipeline.mixture import MixtureDataset
+    from data_pipeline.streaming import StreamLoader
     from data_pipeline.tokenizer import load_tokenizer
     from data_pipeline.verification import verify
 
@@ -24,6 +25,7 @@ _MODULES = {
     "DataConfig": "config",
     "MixtureDataset": "mixture",
     "StepLoader": "loader",
+    "StreamLoader": "streaming",
     "TokenDataset": "dataset",
     "build": "builder",
     "code_shard_is_done": "codes",
@@ -38,6 +40,7 @@ __all__ = [
     "DataConfig",
     "MixtureDataset",
     "StepLoader",
+    "StreamLoader",
     "TokenDataset",
     "build",
     "code_shard_is_done",

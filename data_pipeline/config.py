@@ -127,6 +127,20 @@ READING_FIELDS = frozenset({"mixture", "shuffle_block", "shuffle_window", "on_co
 """Fields of `DataConfig` that say how shards are read in training; they do not touch what is built."""
 
 
+class StreamingConfig(StrictModel):
+    """Reading shards from end to end instead of sample by sample: for object stores, where random access is dear."""
+
+    url: str | None = None
+    """Directory or fsspec URL (s3://, gs://, https://) that the shards are streamed from; null is `data.directory`.
+    It must hold the same dataset. What is read at random (validation, the codebooks' first values) comes from
+    `data.directory` in any case."""
+    streams: int = Field(default=8, gt=0)
+    """Equal stretches of an epoch that are read side by side. Every step takes as many samples from each, so
+    train.global_batch_size is a multiple of it, and it is a multiple of the number of ranks. Part of the order."""
+    shuffle_buffer: int = Field(default=1024, gt=0)
+    """Samples of a stream that are shuffled at a time, and kept in memory. Part of the order."""
+
+
 class DataConfig(StrictModel):
     """What text, how it is tokenized, packed and split, where the shards go, and how training reads them."""
 

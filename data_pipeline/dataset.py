@@ -68,8 +68,11 @@ class TokenDataset:
         self._dtype = np.dtype(manifest.token_dtype)
         self._folder = self.directory / split
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        require_shards(self._folder, [shard.name for shard in self.shards], "build")
+        self._check_shards()
         self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+
+    def _check_shards(self) -> None:
+        require_shards(self._folder, [shard.name for shard in self.shards], "build")
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -111,27 +114,41 @@ class TokenDataset:
             IndexError: there is no such sample.
         """
         shards, samples = self.locate(indices)
-        size, length = len(shards), self.sample_length
-        token_rows = read_rows(self._reader, "tokens", shards, samples)
-        tokens = np.frombuffer(b"".join(token_rows), dtype=self._dtype).reshape(size, length)
+        rows = [
+            self._reader(shard).read_sample(sample)
+            for shard, sample in zip(shards.tolist(), samples.tolist(), strict=True)
+        ]
+        return assemble([row[1] for row in rows], [row[0] for row in rows], indices, self._dtype)
 
-        segment_rows = read_rows(self._reader, "segments", shards, samples)
-        segments = np.frombuffer(b"".join(segment_rows), dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS))
-        counts = np.array([len(row) for row in segment_rows], dtype=np.int64) // segments.strides[0]
-        owner = np.repeat(np.arange(size), counts)
-        number = np.arange(1, len(segments) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
-        # +number at the start of each segment and -number behind its end: the running sum is the document id
-        steps = np.zeros((size, length + 1), dtype=np.int64)
-        steps[owner, segments[:, START]] += number
-        steps[owner, segments[:, START] + segments[:, LENGTH]] -= number
-        num_bytes = np.zeros(size, dtype=np.int64)
-        np.add.at(num_bytes, owner, segments[:, NUM_BYTES])
-        return {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
-            "document_ids": torch.from_numpy(steps[:, :length].cumsum(axis=1)),
-            "sample_index": torch.from_numpy(np.array(indices, dtype=np.int64)),
-            "num_bytes": torch.from_numpy(num_bytes),
-        }
+
+def assemble(
+    token_rows: Sequence[bytes],
+    segment_rows: Sequence[bytes],
+    indices: Sequence[int] | NDArray[np.integer],
+    token_dtype: np.dtype,
+) -> Batch:
+    """The batch of `TokenDataset.read` from the bytes of its samples."""
+    size = len(token_rows)
+    tokens = np.frombuffer(b"".join(token_rows), dtype=token_dtype)
+    length = len(tokens) // max(size, 1)
+    segments = np.frombuffer(b"".join(segment_rows), dtype="<i8").reshape(-1, len(SEGMENT_COLUMNS))
+    counts = np.fromiter(map(len, segment_rows), dtype=np.int64, count=size) // segments.strides[0]
+    last = counts.cumsum()
+    first = last - counts  # first segment of each sample
+    # Runs of equal document ids, as they lie in the whole batch: what is before a segment, the segment, ...
+    edges = np.zeros(2 * len(segments) + 2, dtype=np.int64)
+    begins = segments[:, START] + (np.arange(size) * length).repeat(counts)
+    edges[1:-1:2], edges[2:-1:2], edges[-1] = begins, begins + segments[:, LENGTH], size * length
+    ids = np.zeros(len(edges) - 1, dtype=np.int64)
+    ids[1::2] = np.arange(1, len(segments) + 1) - first.repeat(counts)
+    bytes_before = np.zeros(len(segments) + 1, dtype=np.int64)
+    segments[:, NUM_BYTES].cumsum(out=bytes_before[1:])
+    return {
+        "input_ids": torch.from_numpy(tokens.astype(np.int64)).view(size, length),
+        "document_ids": torch.from_numpy(ids.repeat(edges[1:] - edges[:-1])).view(size, length),
+        "sample_index": torch.from_numpy(np.array(indices, dtype=np.int64)),
+        "num_bytes": torch.from_numpy(bytes_before[last] - bytes_before[first]),
+    }
 
 
 def require_shards(folder: Path, names: Sequence[str], made_by: str) -> None:

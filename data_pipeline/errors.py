@@ -27,6 +27,11 @@ class CorruptShardError(DatasetError):
     """Bytes on disk are not the bytes that were written; names the shard and the sample."""
 
 
+class UnsafeShardError(DatasetError):
+    """A shard or its URL asks for more than reading plain arrays: a path out of its directory, a link, a
+    pickle, a shell command."""
+
+
 class CodecMismatchError(DatasetError):
     """The codes were made by another codec."""
 

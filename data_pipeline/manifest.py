@@ -129,7 +129,15 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{directory}: holds no {MANIFEST_NAME}, so it is either not a directory of token shards or its "
             "build did not finish; run the same build command again"
         )
-    values = read_json(path)
+    return checked_manifest(read_json(path), str(path))
+
+
+def checked_manifest(values: Any, path: str) -> Manifest:
+    """The manifest in the JSON value that was read from `path`.
+
+    Raises:
+        NotADatasetError, FormatVersionError, CorruptShardError: as `load_manifest`.
+    """
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise NotADatasetError(f"{path}: not the manifest of token shards (format {FORMAT!r} expected)")
     if values.get("format_version") != FORMAT_VERSION:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import struct
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ _PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 _BLOCK = tarfile.BLOCKSIZE
 _SINGLE_ROWS = 64
 """Rows of an index that are read one by one before all are: with many shards, each is asked for a few only."""
+_READ_TOGETHER = 1 << 15
+"""Bytes up to which it is cheaper to read what lies between two rows than to read them one by one."""
 
 
 def index_dtype(arrays: Sequence[str]) -> np.dtype:
@@ -158,6 +161,26 @@ def _npy_header(dtype: np.dtype, rows: int) -> bytes:
     return buffer.getvalue()
 
 
+def parse_index(content: bytes, path: str, arrays: Sequence[str], samples: int) -> NDArray[Any]:
+    """[samples] rows of `index_dtype` from the bytes of an index.
+
+    Raises:
+        CorruptShardError: it is not an index of so many samples.
+    """
+    expected = index_dtype(sorted(arrays))
+    header = _npy_header(expected, samples)
+    if content[: len(header)] != header or len(content) != len(header) + samples * expected.itemsize:
+        raise _stale_index(path, samples)
+    return np.frombuffer(content, dtype=expected, offset=len(header))
+
+
+def _stale_index(path: str, samples: int) -> CorruptShardError:
+    name = Path(path).name.removesuffix(".index.npy")
+    return CorruptShardError(
+        f"{path}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
+    )
+
+
 class ShardReader:
     """Reads single samples of one shard, checking every byte it returns. Safe to use from several threads.
 
@@ -181,20 +204,16 @@ class ShardReader:
                 raise MissingShardError(
                     f"{path}: listed in the manifest but not there; restore it or build again"
                 )
-        self._row = index_dtype(sorted(arrays))
+        self._arrays = sorted(arrays)
+        self._row = struct.Struct("<" + "QII" * len(arrays))  # one row of the index
         self._index = os.open(index, os.O_RDONLY)
-        header = _npy_header(self._row, samples)
+        header = _npy_header(index_dtype(self._arrays), samples)
         size = os.fstat(self._index).st_size
-        if (
-            size != len(header) + samples * self._row.itemsize
-            or os.pread(self._index, len(header), 0) != header
-        ):
-            raise CorruptShardError(
-                f"{index}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
-            )
+        if size != len(header) + samples * self._row.size or os.pread(self._index, len(header), 0) != header:
+            raise _stale_index(str(index), samples)
         self._first_row, self._samples = len(header), samples
         self._asked = 0
-        self._rows: NDArray[Any] | None = None
+        self._rows: bytes | None = None
         self._file = os.open(self.path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._file).st_size
         if self._file_bytes != file_bytes:
@@ -207,28 +226,47 @@ class ShardReader:
             if hasattr(self, name):
                 os.close(getattr(self, name))
 
-    def _places(self, array: str, samples: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(offset, size, crc32) of these samples' rows of `array`."""
-        if self._asked < _SINGLE_ROWS:
-            self._asked += len(samples)
-            first = self._first_row + self._row.fields[array][1]  # type: ignore[index]
-            found = self._pread_index(
-                [(first + sample * self._row.itemsize, _PLACE.itemsize) for sample in samples]
-            )
-            return np.frombuffer(found, dtype=_PLACE).tolist()
-        if self._rows is None:
-            found = self._pread_index([(self._first_row, self._samples * self._row.itemsize)])
-            self._rows = np.frombuffer(found, dtype=self._row)
-        # tolist() turns the whole selection into Python numbers at once
-        return self._rows[array][np.asarray(samples)].tolist()
+    def _places(self, sample: int) -> tuple[int, ...]:
+        """Offset, size and crc32 of a sample's rows of every array, the arrays in the order of their names."""
+        if not 0 <= sample < self._samples:
+            raise IndexError(f"sample {sample} of {self._samples} in {self.path}")
+        if self._rows is not None:
+            return self._row.unpack_from(self._rows, sample * self._row.size)
+        self._asked += 1
+        if self._asked <= _SINGLE_ROWS:
+            return self._row.unpack(self._read_index(sample * self._row.size, self._row.size))
+        self._rows = self._read_index(0, self._samples * self._row.size)
+        return self._row.unpack_from(self._rows, sample * self._row.size)
 
-    def _pread_index(self, parts: Sequence[tuple[int, int]]) -> bytes:
-        found = b"".join(os.pread(self._index, size, offset) for offset, size in parts)
-        if len(found) != sum(size for _, size in parts):
+    def _read_index(self, offset: int, size: int) -> bytes:
+        found = os.pread(self._index, size, self._first_row + offset)
+        if len(found) != size:
             raise CorruptShardError(
                 f"{self.path}: its index was cut while it was in use; restore or rebuild the shard"
             )
         return found
+
+    def read_sample(self, sample: int) -> list[bytes]:
+        """The bytes of one sample's rows of every array, the arrays in the order of their names.
+
+        The arrays of a sample lie in neighbouring members, so that one `pread` mostly fetches them all.
+
+        Raises:
+            CorruptShardError: as `read`.
+        """
+        places = self._places(sample)
+        begin, end = places[0], places[-3] + places[-2]
+        if not 0 < end - begin <= _READ_TOGETHER:
+            return [self.read(array, [sample])[0] for array in self._arrays]
+        data = os.pread(self._file, end - begin, begin)
+        rows = []
+        for number, array in enumerate(self._arrays):
+            offset, size, crc = places[3 * number : 3 * number + 3]
+            row = data[offset - begin : offset - begin + size] if offset >= begin else b""
+            if len(row) != size or zlib.crc32(row) != crc:
+                raise self._damaged(array, sample)
+            rows.append(row)
+        return rows
 
     def read(self, array: str, samples: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
         """The bytes of these samples' rows of `array`, one string a sample.
@@ -237,14 +275,17 @@ class ShardReader:
             CorruptShardError: they are not the bytes that were written; names the first such sample.
         """
         rows = []
-        wanted = np.asarray(samples).tolist()
-        for sample, (offset, size, crc) in zip(wanted, self._places(array, wanted), strict=True):
+        field = 3 * self._arrays.index(array)
+        for sample in np.asarray(samples).tolist():
+            offset, size, crc = self._places(sample)[field : field + 3]
             data = os.pread(self._file, size, offset) if offset + size <= self._file_bytes else b""
             if len(data) != size or zlib.crc32(data) != crc:
-                raise CorruptShardError(
-                    f"{self.path}: sample {sample} is damaged: its {array} do not match the index "
-                    "(crc32); run 'python -m data_pipeline verify' on the directory and restore or rebuild "
-                    "the shard"
-                )
+                raise self._damaged(array, sample)
             rows.append(data)
         return rows
+
+    def _damaged(self, array: str, sample: int) -> CorruptShardError:
+        return CorruptShardError(
+            f"{self.path}: sample {sample} is damaged: its {array} do not match the index (crc32); run "
+            "'python -m data_pipeline verify' on the directory and restore or rebuild the shard"
+        )

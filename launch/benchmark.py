@@ -5,6 +5,8 @@
     python launch/benchmark.py quantizer
     python launch/benchmark.py loss
     python launch/benchmark.py latent
+    python launch/benchmark.py loader
+    python launch/benchmark.py build
 
 The rows of a table take turns, so that a slow moment of the machine hits all of them. Medians of all turns after a
 warm-up. `--json F` writes the figures and the environment to F.
@@ -17,11 +19,14 @@ import json
 import sys
 from pathlib import Path
 
+from launch.benchmark_build import BuildShape, benchmark_build, print_build
 from launch.benchmark_inference import benchmark_inference, print_table
 from launch.benchmark_latent import Grid, benchmark_latent, print_latent
+from launch.benchmark_loader import SHAPE, benchmark_loader, print_loader
 from launch.benchmark_loss import FULL, TIMED, LossShape, benchmark_loss, print_loss
 from launch.benchmark_quantizer import SHAPES, Shape, benchmark_quantizer, print_quantizer
 from launch.config import BenchmarkConfig, load_config
+from launch.loader_rows import LoaderShape
 from launch.report_data import update_report
 
 
@@ -46,9 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
     latent = commands.add_parser("latent", help="RQ-transformer against the flat transformer")
     latent.add_argument("--tokens", type=int, nargs="+", default=Grid().tokens, help="T, tokens per sample")
     latent.add_argument("--levels", type=int, nargs="+", default=Grid().levels, help="D, codes per position")
-    for command in (quantizer, loss, latent):
+    loader = commands.add_parser(
+        "loader", help="reading samples against webdataset, litdata and mosaicml-streaming"
+    )
+    loader.add_argument("--samples", type=int, default=SHAPE.samples, help="in the data set")
+    loader.add_argument("--length", type=int, default=SHAPE.length, help="T, tokens per sample")
+    loader.add_argument("--batch", type=int, default=SHAPE.batch, help="samples per batch")
+    loader.add_argument("--workers", type=int, default=2, help="beside a single process")
+    build = commands.add_parser("build", help="text to token shards against datatrove and datasets.map")
+    build.add_argument("--mib", type=float, default=BuildShape().mib, help="text to tokenize")
+    build.add_argument("--workers", type=int, default=BuildShape().workers, help="processes, and files")
+    build.add_argument("--vocabulary", type=int, default=BuildShape().vocabulary, help="tokens of the BPE")
+    for command in (quantizer, loss, latent, loader, build):
         command.add_argument("--repeats", type=int, default=5, help="turns of every row")
-    for command in (inference, quantizer, loss, latent):
+    for command in (inference, quantizer, loss, latent, loader, build):
         command.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(arguments)
     try:
@@ -67,6 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "loss":
             result = benchmark_loss(LossShape(*args.timed), LossShape(*args.full), args.repeats)
             print_loss(result)
+        elif args.command == "loader":
+            shape = LoaderShape(args.samples, args.length, args.batch)
+            result = benchmark_loader(shape, args.workers, args.repeats)
+            print_loader(result)
+        elif args.command == "build":
+            result = benchmark_build(BuildShape(args.mib, args.workers, args.vocabulary), args.repeats)
+            print_build(result)
         else:
             result = benchmark_latent(Grid(tuple(args.tokens), tuple(args.levels)), args.repeats)
             print_latent(result)

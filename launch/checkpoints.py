@@ -160,6 +160,10 @@ def run_hash(config: RunConfig, precision: str) -> str:
             *("num_workers", "worker_kind"),
         },
     )
+    if config.train.streaming is None:
+        del train["streaming"]  # so that runs from before there was streaming go on
+    else:
+        del train["streaming"]["url"]  # the data's place is not their content
     content = {
         "stage": config.stage,
         "seed": config.seed,

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, StreamingConfig
 from data_pipeline.yaml_config import ConfigError, apply_overrides, merge, read_yaml, validate
 from rqvae.config import LatentModelConfig, RQTransformerConfig, RQVAEConfig, StrictModel
 
@@ -115,6 +115,9 @@ class TrainConfig(StrictModel):
     worker_kind: Literal["thread", "process"] = "thread"
     """Threads cost least: a batch from a process goes through a pipe. Processes keep what reading costs off the
     training process's interpreter."""
+    streaming: StreamingConfig | None = None
+    """Read the training samples from shards in sequence, as object stores like it; null reads each sample by
+    itself, in an order that is random over the whole split. For the stages that train on tokens."""
     max_time_s: float | None = Field(default=None, gt=0)
     """Seconds after which the run saves a checkpoint and stops, to be continued later. Null: no limit."""
 
@@ -266,6 +269,14 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
                 f"use a multiple of {per_pass}, or another micro_batch_size or number of ranks"
             ],
         )
+    if train.streaming is not None and train.streaming.streams % world_size:
+        raise ConfigError(
+            f"{config.name} on {world_size} ranks",
+            [
+                f"train.streaming.streams: {train.streaming.streams} streams cannot be shared out equally; use a "
+                f"multiple of {world_size}, or another number of ranks"
+            ],
+        )
     return train.global_batch_size // per_pass
 
 
@@ -341,6 +352,12 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
         train = _section(TrainConfig, {**train_values, **section})
         if train is not None:
             mistakes += _mistakes_of_training(train, name, section)
+            if train.streaming is not None and data is not None:
+                mistakes += [
+                    f"data.{field}: has no effect where training is streamed; remove it, or train.streaming"
+                    for field in ("mixture", "shuffle_block", "on_corrupt")
+                    if getattr(data, field) != DataConfig.model_fields[field].default
+                ]
             if train.stochastic_codes and codec is not None and codec.model == "identity":
                 mistakes.append(
                     f"stages.{name}.stochastic_codes: codec.model: identity has nothing to draw from; remove it"
@@ -411,6 +428,16 @@ def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str
     for name, stages in _ONLY_IN.items():
         if stage not in stages and section.get(name):
             yield f"stages.{stage}.{name}: has an effect in {' and '.join(stages)} only; remove it"
+    if train.streaming is not None and stage == "rq_transformer":
+        yield (
+            f"{where('streaming')}: the stage rq_transformer reads codes, which are not streamed; set it under "
+            "stages.S of the other stages S only"
+        )
+    elif train.streaming is not None and train.global_batch_size % train.streaming.streams:
+        yield (
+            f"{where('streaming')}.streams: train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"{train.streaming.streams}"
+        )
     if train.precision == "bf16" and train.zero_stage == 0:
         yield (
             f"{where('zero_stage')}: 0 keeps no fp32 master weights with precision bf16; "

@@ -16,6 +16,7 @@ from data_pipeline import CodeDataset, MixtureDataset, TokenDataset
 from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
+from launch.loading import open_tokens
 from launch.paths import codes_directory, source_directories
 from rqvae.backbone import BaseLM
 from rqvae.encoder import chunk_documents
@@ -145,7 +146,7 @@ class BaseLMTask(Task):
     """The plain autoregressive model."""
 
     def open(self, split: str, tokens: Path, codes: Path) -> TokenDataset:
-        return TokenDataset(tokens, split)
+        return open_tokens(self.config, split, tokens)
 
     def check_part(self, dataset: TokenDataset) -> None:  # type: ignore[override]
         check_vocabulary(dataset, self.config.codec.backbone.architecture)
@@ -168,7 +169,7 @@ class RQVAETask(Task):
     """The codec: frozen-backbone warm-up, then everything."""
 
     def open(self, split: str, tokens: Path, codes: Path) -> TokenDataset:
-        return TokenDataset(tokens, split)
+        return open_tokens(self.config, split, tokens)
 
     def check_part(self, dataset: TokenDataset) -> None:  # type: ignore[override]
         backbone = self.config.codec.backbone

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipeline import MixtureDataset, StepLoader
+from data_pipeline import MixtureDataset
 from data_pipeline.progress import Progress
 from launch import checkpoints, tasks
 from launch.config import RunConfig, check_world_size, load_config
@@ -32,6 +32,7 @@ from launch.engine import (
     stop_process_group,
 )
 from launch.environment import capture_environment
+from launch.loading import open_loader
 from launch.paths import run_directory
 from launch.stop import StopRequest, agree
 from launch.tracking import Tracker
@@ -109,22 +110,9 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         if resumed is not None and same_phase:
             window.load_state(checkpoints.load(engine, resumed))
 
-        loader = StepLoader(
-            dataset,
-            global_batch_size=config.train.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-            num_workers=config.train.num_workers,
-            worker_kind=config.train.worker_kind,
-            shuffle_block=config.data.shuffle_block,
-            shuffle_window=config.data.shuffle_window,
-            on_corrupt=config.data.on_corrupt,
-            max_replaced=config.data.max_replaced,
-            sum_over_ranks=lambda count: int(joined(torch.tensor(count, device=device))),
+        loader = open_loader(
+            config, dataset, rank, world_size, None if resumed is None else resumed.state.loader, device
         )
-        if resumed is not None:
-            loader.load_state(resumed.state.loader)
         progress = Progress(phase.end, f"{config.stage} ({phase.name})", initial=step, shown=rank == 0)
         while step < phase.end and stopped is None:
             _, batch = window.timed("data_wait_s", loader.__next__)

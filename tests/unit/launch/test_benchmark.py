@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from launch import benchmark, flops
 from launch.benchmark_latent import flat_of_equal_size
+from launch.benchmark_loader import check_row, drop_from_page_cache
 from launch.benchmark_quantizer import BARE, OURS, PEER, Shape, make_step
+from launch.loader_rows import LoaderShape, OurRow
 from launch.measurement import peak_extra_bytes, peak_in_subprocess
 from rqvae import RQTransformer
 from rqvae.config import RQTransformerConfig
@@ -57,6 +60,44 @@ def test_latent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert point["speedup"] == ours["codes_per_s"] / flat["codes_per_s"]
         assert abs(ours["parameters"] / flat["parameters"] - 1) < 0.1
     assert "codes/s" in capsys.readouterr().out
+
+
+def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--samples", "64", "--length", "32", "--batch", "8", "--workers", "1")
+    result = run(tmp_path, "loader", *arguments)
+    assert set(result["modes"]) == {f"{n} workers, {cache}" for n in (0, 1) for cache in ("warm", "cold")}
+    for table in result["modes"].values():
+        named = {*table["rows"], *(row["name"] for row in result["missing"])}
+        assert named == {"StepLoader", "StreamLoader", "webdataset", "litdata", "mosaicml-streaming"}
+        speeds = {name: row["tokens_per_s"] for name, row in table["rows"].items()}
+        assert table["over_best_peer"]["StepLoader"] == speeds["StepLoader"] / speeds[table["best_peer"]]
+    assert all(row["reason"] and "pip install" in row["install"] for row in result["missing"])
+    assert "the best of the others" in capsys.readouterr().out
+
+
+def test_a_row_that_delivers_other_tokens_is_not_timed(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 1 << 16, (32, 16), dtype=np.uint16)
+    row = OurRow(tmp_path / "ours", LoaderShape(32, 16, 8))
+    row.write(tokens)
+    check_row(row, tokens)
+    tokens[3, 5] ^= 1
+    with pytest.raises(RuntimeError, match=r"StepLoader does not deliver .* 31 of them right"):
+        check_row(row, tokens)
+
+
+def test_dropping_the_page_cache_keeps_the_files(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "file").write_bytes(b"content")
+    drop_from_page_cache(tmp_path)
+    assert (tmp_path / "below" / "file").read_bytes() == b"content"
+
+
+def test_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(tmp_path, "build", "--mib", "0.05", "--workers", "1", "--vocabulary", "300")
+    assert result["mb"] > 0.05
+    ours = result["rows"]["data_pipeline build"]["mb_per_s"]
+    assert result["over"]["datasets.map"] == ours / result["rows"]["datasets.map"]["mb_per_s"]
+    assert "MB of text" in capsys.readouterr().out
 
 
 def test_flat_flops_grow_with_the_square_of_the_codes_and_ours_do_not() -> None:

@@ -256,3 +256,27 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
 
 def test_run_config_forbids_unknown_sections() -> None:
     assert RunConfig.model_config["extra"] == "forbid"
+
+
+def test_streams_are_shared_out_equally() -> None:
+    config = load_config(TINY, "rqvae", ["train.global_batch_size=24", "train.streaming.streams=6"])
+    assert [check_world_size(config, world) for world in (1, 2, 3)]
+    with pytest.raises(ConfigError, match=r"train\.streaming\.streams: 6 streams .* use a multiple of 4"):
+        check_world_size(config, 4)
+    with pytest.raises(
+        ConfigError, match=r"streaming\.streams: train\.global_batch_size=24 is not a multiple of 5"
+    ):
+        load_config(TINY, "rqvae", ["train.global_batch_size=24", "train.streaming.streams=5"])
+    with pytest.raises(ConfigError, match=r"train\.streaming: the stage rq_transformer reads codes"):
+        load_config(TINY, "rq_transformer", ["train.streaming.streams=2"])
+
+
+def test_a_run_is_the_same_wherever_its_shards_are_streamed_from() -> None:
+    from launch.checkpoints import run_hash
+
+    def hash_with(*overrides: str) -> str:
+        return run_hash(load_config(TINY, "rqvae", overrides), "fp32")
+
+    streamed = hash_with("train.streaming.streams=2")
+    assert streamed == hash_with("train.streaming.streams=2", "train.streaming.url=memory://elsewhere")
+    assert len({streamed, hash_with(), hash_with("train.streaming.streams=4")}) == 3
