@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.interleave import find_quotas
+from data_pipeline.weights import find_quotas
 from rqvae.config import StrictModel
 
 

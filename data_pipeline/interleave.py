@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_PERIOD = 100_000
+from data_pipeline.weights import find_quotas
 
 
 class Interleave:
@@ -48,23 +47,6 @@ class Interleave:
         periods, place = divmod(position, self.period)
         rest = np.bincount(self._sources[:place], minlength=len(self.quotas)).tolist()
         return [periods * quota + more for quota, more in zip(self.quotas, rest, strict=True)]
-
-
-def find_quotas(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the proportions of the weights.
-
-    Raises:
-        ValueError: their sum is above `MAX_PERIOD`.
-    """
-    exact = [Fraction(str(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    period = math.lcm(*(share.denominator for share in shares))
-    if period > MAX_PERIOD:
-        raise ValueError(
-            f"the weights {', '.join(map(str, weights))} repeat after {period} samples only, more than "
-            f"{MAX_PERIOD}: round them to fewer digits"
-        )
-    return [int(share * period) for share in shares]
 
 
 def _one_period(quotas: Sequence[int]) -> list[int]:
