@@ -259,7 +259,9 @@ def test_run_config_forbids_unknown_sections() -> None:
 
 
 def test_streams_are_shared_out_equally() -> None:
-    config = load_config(TINY, "rqvae", ["train.global_batch_size=24", "train.streaming.streams=6"])
+    config = load_config(
+        TINY, "rqvae", ["train.global_batch_size=24", "train.micro_batch_size=1", "train.streaming.streams=6"]
+    )
     assert [check_world_size(config, world) for world in (1, 2, 3)]
     with pytest.raises(ConfigError, match=r"train\.streaming\.streams: 6 streams .* use a multiple of 4"):
         check_world_size(config, 4)
