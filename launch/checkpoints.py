@@ -6,7 +6,6 @@ last by an atomic rename, lists every file with its size; DeepSpeed's own `lates
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,11 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from launch.config import RunConfig
 
 COMPLETE = "COMPLETE.json"
 
@@ -35,7 +30,9 @@ class RunState:
     loader: dict[str, Any]
     """State of the data loader: epoch, step, seed, fingerprint."""
     run_hash: str
-    """Hash of the configuration, see `run_hash`."""
+    """Hash of the configuration, see `launch.resume.run_hash`."""
+    config: dict[str, Any] | None = None
+    """The configuration, see `launch.resume.stored_config`. None in checkpoints of older programs."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     engine.save_checkpoint(str(root), tag=tag, client_state=asdict(state), save_latest=False)
-    (directory / _rank_file(dist.get_rank())).write_text(json.dumps(rank_state))
+    (directory / rank_file(dist.get_rank())).write_text(json.dumps(rank_state))
     dist.barrier()
     if dist.get_rank() == 0:
         files = {
@@ -130,83 +127,9 @@ def save(
     return directory
 
 
-def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bring the engine to the state of a checkpoint; returns what this rank saved as `rank_state`.
-
-    Raises:
-        ValueError: the number of ranks changed, or DeepSpeed found nothing to load.
-    """
-    if checkpoint.world_size != dist.get_world_size():
-        raise ValueError(
-            f"'{checkpoint.directory}' was written by {checkpoint.world_size} ranks and this run has "
-            f"{dist.get_world_size()}; start it on {checkpoint.world_size} ranks"
-        )
-    path, _ = engine.load_checkpoint(str(checkpoint.directory.parent), tag=checkpoint.directory.name)
-    if path is None:
-        raise ValueError(f"DeepSpeed could not load '{checkpoint.directory}'")
-    return json.loads((checkpoint.directory / _rank_file(dist.get_rank())).read_text())
-
-
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """Name of the file that holds a rank's `rank_state`."""
     return f"rank-{rank:05d}.json"
-
-
-def run_hash(config: RunConfig, precision: str) -> str:
-    """Identity of a run: everything that changes its numbers."""
-    train = config.train.model_dump(
-        mode="json",
-        exclude={"log_every", "checkpoint_every", "keep_last", "num_workers", "max_time_s", "precision"},
-    )
-    content = {
-        "stage": config.stage,
-        "seed": config.seed,
-        "codec": config.codec.model_dump(mode="json"),
-        "latent_model": config.latent_model.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
-        "train": train,
-        "precision": precision,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_other_run(
-    run_directory: Path, checkpoint: Checkpoint | None, expected_hash: str, fingerprint: str
-) -> None:
-    """A checkpoint is continued only by the configuration and on the data that it was written with.
-
-    Raises:
-        ValueError: it was written by another configuration, or the data changed since.
-    """
-    if checkpoint is not None and checkpoint.state.loader["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"'{run_directory}' was trained on data with fingerprint "
-            f"{checkpoint.state.loader['fingerprint'][:16]}, the data now there has {fingerprint[:16]}. "
-            "Restore the data, choose another name (name=...), or remove that directory to start afresh"
-        )
-    if checkpoint is not None and checkpoint.state.run_hash != expected_hash:
-        raise ValueError(
-            f"'{run_directory}' holds a run with another configuration (see its config.yaml). "
-            "Choose another name (name=...), or remove that directory to start afresh"
-        )
-
-
-def consolidated_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The model's whole fp32 state, parameters and buffers, on the CPU, without any process group."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    module: dict[str, Tensor] = {}
-    if checkpoint.zero_stage < 2:
-        file = checkpoint.directory / "mp_rank_00_model_states.pt"
-        # Our own file; DeepSpeed keeps more than tensors in it.
-        module = torch.load(file, map_location="cpu", weights_only=False)["module"]
-        if checkpoint.zero_stage == 0:
-            return module
-    state = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.directory.parent), tag=checkpoint.directory.name
-    )
-    # Stage 1 keeps fp32 copies of what it trains; frozen parameters are in the module's own state only.
-    frozen = {name: tensor for name, tensor in module.items() if name not in state}
-    return {name: t.float() if t.is_floating_point() else t for name, t in frozen.items()} | state
 
 
 def _fsync(path: Path) -> None:

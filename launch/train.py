@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import CodeDataset, StepLoader, TokenDataset
-from launch import checkpoints, tasks
+from launch import checkpoints, resume, tasks
 from launch.config import RunConfig, check_world_size, load_config
 from launch.dry_run import dry_run
 from launch.engine import (
@@ -33,6 +33,7 @@ from launch.engine import (
 from launch.environment import capture_environment
 from launch.paths import run_directory
 from launch.progress import Progress
+from launch.shards import ShardedState
 from launch.stop import StopRequest, agree
 from launch.tracking import Tracker
 from launch.window import Window, joined, num_real_tokens, split, to_device
@@ -67,12 +68,11 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     assert config.stage is not None
     task = tasks.TASKS[config.stage](config)
     directory = run_directory(config, config.stage)
-    run_hash = checkpoints.run_hash(config, precision)
     resumed = checkpoints.newest(directory / "checkpoints")
 
     def open_data() -> TokenDataset | CodeDataset:
         dataset = task.dataset("train")
-        checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
+        resume.refuse_other_run(directory, resumed, config, precision, dataset.fingerprint)
         if resumed is None:
             task.check_data(dataset)
         return dataset
@@ -101,13 +101,13 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         if resumed is None:
             task.load_initial_weights(model)
         elif not same_phase:
-            tasks.load_state(model, checkpoints.consolidated_state(resumed), resumed.directory)
+            tasks.load_state(model, ShardedState(resumed), resumed.directory)
         task.set_phase(model, phase)
         groups = parameter_groups(model, task.backbone_parameters(model), config.train)
         engine = build_engine(model, groups, config.train, precision)
         window = Window(device)
         if resumed is not None and same_phase:
-            window.load_state(checkpoints.load(engine, resumed))
+            window.load_state(resume.load(engine, resumed))
 
         loader = StepLoader(
             dataset,
@@ -154,7 +154,13 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
                 window.skip_time()
             if step % config.train.checkpoint_every == 0 or step == phase.end or stopped is not None:
                 tracker.sync()
-                state = checkpoints.RunState(step, phase.name, loader.state(), run_hash)
+                state = checkpoints.RunState(
+                    step,
+                    phase.name,
+                    loader.state(),
+                    resume.run_hash(config, precision),
+                    resume.stored_config(config, precision),
+                )
                 checkpoints.save(
                     engine, directory / "checkpoints", state, window.state(), config.train.keep_last
                 )

@@ -40,14 +40,3 @@ def test_nothing_complete_says_what_is_there(tmp_path: Path) -> None:
     (write_checkpoint(tmp_path, 30) / checkpoints.COMPLETE).unlink()
     with pytest.raises(ValueError, match=r"only incomplete ones \(step-00000030\)"):
         checkpoints.require_newest(tmp_path)
-
-
-def test_other_configuration_or_data_is_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 10)
-    found = checkpoints.require_newest(tmp_path)
-    checkpoints.refuse_other_run(tmp_path, found, "a" * 64, "f" * 64)
-    checkpoints.refuse_other_run(tmp_path, None, "b" * 64, "f" * 64)
-    with pytest.raises(ValueError, match="another configuration"):
-        checkpoints.refuse_other_run(tmp_path, found, "b" * 64, "f" * 64)
-    with pytest.raises(ValueError, match="Restore the data"):
-        checkpoints.refuse_other_run(tmp_path, found, "a" * 64, "e" * 64)
