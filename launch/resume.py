@@ -22,7 +22,10 @@ from launch.shards import Piece, ShardedState, stage3_pieces, stage12_pieces
 _FREE = {
     "log_every",
     "checkpoint_every",
+    "checkpoint_every_s",
     "keep_last",
+    "keep_every",
+    "on_checkpoint_failure",
     "num_workers",
     "max_time_s",
     "precision",  # compared as resolved
@@ -123,7 +126,7 @@ def _rank_state(checkpoint: Checkpoint) -> dict[str, Any]:
         return states[0]
     share = 1.0 if rank == 0 else 0.0
     return {
-        name: (sum(torch.tensor(state[name], dtype=torch.float64) for state in states) * share).tolist()
+        name: (torch.tensor([state[name] for state in states], dtype=torch.float64).sum(0) * share).tolist()
         for name in states[0]
     }
 

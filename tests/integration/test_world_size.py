@@ -114,7 +114,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: str) -> None:
         if world_size == 2:
             list(steps(task, engine, 0, SAVED_AT))
             state = checkpoints.RunState(SAVED_AT, phase, {}, resume.run_hash(config, "fp32"))
-            checkpoints.save(engine, root, state, {"tokens": 10.0 + rank}, keep_last=1)
+            checkpoints.Checkpointer(root, config.train).save(engine, state, {"tokens": 10.0 + rank})
             expected = whole_state(engine)
             if rank == 0:
                 torch.save(expected, root / "expected.pt")
@@ -153,29 +153,41 @@ def test_state_is_bitwise_and_the_next_losses_agree(saved: Path, world_size: int
         assert actual[case] == pytest.approx(losses, rel=1e-5), case
 
 
+def settings(run_root: Path, name: str, data: list[str]) -> list[str]:
+    """Arguments of a run that keeps all its checkpoints."""
+    options = ["--config", str(NANO), "--stage", "rqvae", f"run_root={run_root}", f"name={name}"]
+    return [*options, "tracking.wandb=disabled", "train.keep_last=10", "train.eval_every=100", *data]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, nano_data: list[str]) -> Path:
+    """The directory of a run on 2 ranks that was never interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    result = run([*launcher(2), *settings(root, "whole", nano_data)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [5, 15], ids=["frozen", "full"])
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_training_goes_on_by_itself(tmp_path: Path, nano_data: list[str], kept: int, world_size: int) -> None:
+def test_training_goes_on_by_itself(
+    tmp_path: Path, whole_run: Path, nano_data: list[str], kept: int, world_size: int
+) -> None:
     """The same command on another number of ranks: the metrics of the run that was never interrupted."""
-    options = ["--config", str(NANO), "--stage", "rqvae", f"run_root={tmp_path}", "tracking.wandb=disabled"]
-    options += [*nano_data, "train.keep_last=10", "train.eval_every=100"]
-    whole = run([*launcher(2), *options, "name=whole"])
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.copytree(whole_run, tmp_path / "cut")
     for directory in (tmp_path / "cut/rqvae/checkpoints").glob("step-*"):
         if int(directory.name.removeprefix("step-")) > kept:
             shutil.rmtree(directory)
     command = launcher(world_size) if world_size > 1 else [sys.executable, "launch/train.py"]
-    resumed = run([*command, *options, "name=cut", "train.micro_batch_size=1"])
+    resumed = run([*command, *settings(tmp_path, "cut", nano_data), "train.micro_batch_size=1"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    expected, actual = (
-        [json.loads(line) for line in (tmp_path / name / "rqvae/metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "cut")
-    )
-    assert [(line["step"], line["phase"]) for line in actual] == [
-        (line["step"], line["phase"]) for line in expected
+    files = (whole_run / "rqvae/metrics.jsonl", tmp_path / "cut/rqvae/metrics.jsonl")
+    expected, actual = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    places = [
+        [(line["step"], line["split"], line["phase"]) for line in lines] for lines in (expected, actual)
     ]
+    assert places[0] == places[1]
     for before, after in zip(expected, actual, strict=True):
         for key in ("loss", "token_accuracy", "gradient_norm", "commitment_loss"):
             if key in before:

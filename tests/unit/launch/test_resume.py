@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,7 @@ def test_pieces_cover_every_parameter_once(world_size: int) -> None:
         for index in range(len(rank_pieces[0])):
             pieces = [group[index] for group in rank_pieces]
             assert pieces[0].start == 0
-            assert all(before.stop == after.start for before, after in zip(pieces, pieces[1:], strict=False))
+            assert all(before.stop == after.start for before, after in itertools.pairwise(pieces))
     assert stage3_pieces(shapes, world_size - 1, world_size)[0][0].stop == 7
 
     numel = {"a": 7, "b": 4}
