@@ -103,6 +103,7 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
         environment = capture_environment(directory)
         for note in task.notes():
             print(note, flush=True)
+        print(f"Going on from step {resumed.state.step}" if resumed else "Starting afresh", flush=True)
     dist.barrier()
     step = resumed.state.step if resumed else 0
     tracker = Tracker(directory, config, config.stage, rank, resume_step=step, environment=environment)

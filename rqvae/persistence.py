@@ -27,6 +27,11 @@ def save_model(model: nn.Module, config: BaseModel, directory: str | Path) -> No
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     save_torch_state_dict(model.state_dict(), directory)
+    save_config(model, config, directory)
+
+
+def save_config(model: nn.Module, config: BaseModel, directory: Path) -> None:
+    """Write a model's `config.json`, by an atomic replacement."""
     content = {
         "model": type(model).__name__,
         "format_version": FORMAT_VERSION,
