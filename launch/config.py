@@ -53,6 +53,10 @@ class TrainConfig(StrictModel):
     as targets (Lee 2022, section 3.2.3; `codec.quantizer.code_temperature`). Needs codes that were precomputed
     with --latents."""
 
+    initial_weights: str | None = None
+    """Directory of a converted model of the same stage and shape to start from, instead of random weights and
+    pretrained backbones. Set it for one stage: `stages.STAGE.initial_weights`."""
+
     global_batch_size: int = Field(default=8, gt=0)
     """Samples per optimizer step over all ranks. The world size does not change it."""
     micro_batch_size: int = Field(default=1, gt=0)

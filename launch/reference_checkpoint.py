@@ -43,7 +43,9 @@ def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"'{path}' is refused: not a file of tensors and plain values in torch's zip format ({first_line})"
         ) from error
     if not isinstance(content, dict) or set(content) != {"config", "model_state_dict"}:
-        raise ValueError(f"'{path}' is no checkpoint of the reference implementation: needs config, model_state_dict")
+        raise ValueError(
+            f"'{path}' is no checkpoint of the reference implementation: needs config, model_state_dict"
+        )
     return content["config"], content["model_state_dict"]
 
 
@@ -53,20 +55,29 @@ def check_config(path: Path, reference: Mapping[str, Any], config: RQVAEConfig) 
     Raises:
         ValueError: lists every setting that must be another.
     """
-    wanted = {name: reference.get(name) for name in ("compression_factor", "codebook_size", "codebook_levels", "latent_dim")}
+    wanted = {
+        name: reference.get(name)
+        for name in ("compression_factor", "codebook_size", "codebook_levels", "latent_dim")
+    }
     wanted |= {
         "resample": "reference", "codebook_dim": reference.get("latent_dim"), "num_latent_layers": 0,
         "token_dropout": 0.0, "encoder_context": "document",
     }  # fmt: skip
     values = config.model_dump()
-    problems = [f"codec.{name}: {values[name]}, must be {wanted[name]}" for name in wanted if values[name] != wanted[name]]
+    problems = [
+        f"codec.{name}: {values[name]}, must be {wanted[name]}"
+        for name in wanted
+        if values[name] != wanted[name]
+    ]
     if config.backbone.shared or config.backbone.decoder != "same":
         problems.append("codec.backbone: must be shared: false, decoder: same")
     if problems:
         raise ValueError(f"the configuration does not fit '{path}':\n  " + "\n  ".join(problems))
 
 
-def convert_reference(path: Path, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_reference(
+    path: Path, state: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The reference's tensors under our names, and what ours has beside them so that it does nothing.
 
     Args:
@@ -77,7 +88,9 @@ def convert_reference(path: Path, state: Mapping[str, Tensor], like: Mapping[str
     """
     converted: dict[str, Tensor] = {}
     problems: list[str] = []
-    num_steps = sum(name.startswith("encoder.downsample.") and tensor.dim() == 3 for name, tensor in state.items())
+    num_steps = sum(
+        name.startswith("encoder.downsample.") and tensor.dim() == 3 for name, tensor in state.items()
+    )
     for name, tensor in state.items():
         if re.fullmatch(_UNUSED, name):
             continue

@@ -11,7 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 _ELEMENTS_AT_ONCE = 1 << 22
 
 Read = Callable[[str], Tensor]
@@ -66,7 +72,7 @@ def _write_file(path: Path, like: Mapping[str, Tensor], read: Read) -> None:
                     f"'{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(expected.shape)} "
                     f"{expected.dtype}"
                 )
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def verify_tensors(directory: Path, like: Mapping[str, Tensor], read: Read) -> None:
@@ -81,9 +87,13 @@ def verify_tensors(directory: Path, like: Mapping[str, Tensor], read: Read) -> N
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 found.add(name)
                 if not _equal(tensors, name, read(name)):
-                    raise RuntimeError(f"'{name}' reads back with other values than were written; is the disk sound?")
+                    raise RuntimeError(
+                        f"'{name}' reads back with other values than were written; is the disk sound?"
+                    )
     if found != set(like):
-        raise RuntimeError(f"'{directory}' holds other tensors than were written: {sorted(found ^ set(like))}")
+        raise RuntimeError(
+            f"'{directory}' holds other tensors than were written: {sorted(found ^ set(like))}"
+        )
 
 
 def _equal(tensors: Any, name: str, expected: Tensor) -> bool:

@@ -118,7 +118,7 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
         model = task.create_model()
         same_phase = resumed is not None and resumed.state.phase == phase.name
         if resumed is None:
-            task.load_initial_weights(model)
+            task.initialize(model)
         elif not same_phase:
             tasks.load_state(model, ShardedState(resumed), resumed.directory)
         task.set_phase(model, phase)

@@ -92,8 +92,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def load_tensors(model: nn.Module, directory: Path) -> None:
+def load_tensors(model: nn.Module, directory: Path, prefix: str = "") -> None:
     """Copy all tensors of a directory's safetensors files into `model`, one at a time.
+
+    Args:
+        prefix: put before the names in the files.
 
     Raises:
         ValueError: tensors are missing, unexpected or misshapen, or a file is damaged.
@@ -107,8 +110,8 @@ def load_tensors(model: nn.Module, directory: Path) -> None:
     for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors, torch.no_grad():
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensor = tensors.get_tensor(name)
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    name, tensor = prefix + key, tensors.get_tensor(key)
                     if name not in targets:
                         problems.append(f"{name}: unexpected")
                     elif targets[name].shape != tensor.shape:
