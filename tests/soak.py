@@ -76,6 +76,12 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
+def remove_shared_memory(port: str) -> None:
+    """DeepSpeed's buffers of a start, 66 MB a rank, which killed ranks leave behind."""
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        file.unlink(missing_ok=True)
+
+
 class Soak:
     """The runs of one corpus and what happened to them.
 
@@ -107,9 +113,10 @@ class Soak:
         while True:
             before = complete_steps(directory / "checkpoints")
             log = self.root / f"{name}.log"
+            command = self._command(name)
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    self._command(name), cwd=REPOSITORY, env=command_environment(), stdout=file, stderr=file
+                    command, cwd=REPOSITORY, env=command_environment(), stdout=file, stderr=file
                 )
                 self.starts += 1
                 if self.kills.total() < kills:
@@ -120,6 +127,8 @@ class Soak:
                     for pid in [*descendants(process.pid), process.pid]:
                         os.kill(pid, signal.SIGKILL)
                     raise AssertionError(f"a start hangs: {log.read_text()}") from None
+                finally:
+                    remove_shared_memory(command[command.index("--master_port") + 1])
             text = log.read_text()
             for step in re.findall(r"Going on from step (\d+)", text):
                 assert int(step) == before[-1], f"went on from {step}, complete were {before}"
