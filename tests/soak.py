@@ -76,6 +76,11 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
+def is_rank(pid: int) -> bool:
+    """A training process, not a launcher with its script among the arguments."""
+    return "launch/train.py" in command_of(pid)[:4]
+
+
 def remove_shared_memory(port: str) -> None:
     """DeepSpeed's buffers of a start, 66 MB a rank, which killed ranks leave behind."""
     for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
@@ -174,10 +179,11 @@ class Soak:
         return any(line["step"] % EVAL_EVERY >= EVAL_EVERY - 1 for line in new)
 
     def _kill(self, pid: int, target: str) -> bool:
-        below = descendants(pid)
-        is_launcher = {p: any("launcher" in word for word in command_of(p)[:4]) for p in below}
-        ranks = [p for p in below if not is_launcher[p] and "launch/train.py" in command_of(p)]
-        launchers = [pid, *(p for p in below if is_launcher[p])]
+        ranks = [child for child in descendants(pid) if is_rank(child)]
+        launchers = [
+            pid,
+            *(child for child in descendants(pid) if "deepspeed.launcher.launch" in command_of(child)),
+        ]
         victims = {"one rank": self._draw.sample(ranks, min(1, len(ranks))), "all ranks": ranks}.get(
             target, [self._draw.choice(launchers)]
         )

@@ -15,7 +15,7 @@ import pytest
 
 from launch import run_status
 from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, run
-from tests.soak import command_of, complete_steps, descendants, records
+from tests.soak import command_of, complete_steps, descendants, is_rank, records
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [
@@ -46,12 +46,7 @@ class Started:
             time.sleep(0.05)
 
     def ranks(self) -> list[int]:
-        below = descendants(self.process.pid)
-        return [
-            p
-            for p in below
-            if "launch/train.py" in command_of(p) and not any("launcher" in w for w in command_of(p)[:4])
-        ]
+        return [pid for pid in descendants(self.process.pid) if is_rank(pid)]
 
 
 def test_launchers_are_refused_killed_and_stopped(tmp_path: Path, nano_data: list[str]) -> None:
