@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 2
     except checkpoints.CheckpointError as error:
-        print(f"[rank {rank}] error: {error}" if rank == 0 else "", file=sys.stderr, flush=True)
+        if rank == 0:  # all ranks raise the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     stop_process_group()
     if lock is not None:
