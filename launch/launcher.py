@@ -37,6 +37,8 @@ def die_with_launcher() -> None:
         descriptors = [os.pidfd_open(pid) for pid in launchers]
     except ProcessLookupError:
         os.kill(os.getpid(), signal.SIGKILL)
+    except OSError:
+        return  # a kernel before 5.3: the direct parent only
     threading.Thread(target=_watch, args=(descriptors,), name="launcher", daemon=True).start()
 
 

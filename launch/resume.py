@@ -188,7 +188,10 @@ def _fill(saved: ShardedState, pieces: list[Piece], master: Tensor) -> dict[str,
             for key, target in [(None, master), *state.items()]:
                 values = saved.read(piece.name, key, piece.start, piece.stop)
                 target.narrow(0, piece.offset, piece.stop - piece.start).copy_(values)
-    return state | common
+    # Not the file's own tensors: the optimizer counts in place, and groups may have come from one.
+    return state | {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in common.items()
+    }
 
 
 def _frozen(engine: deepspeed.DeepSpeedEngine, saved: ShardedState, is_stage3: bool) -> dict[str, Any]:

@@ -24,13 +24,16 @@ class RunLock:
         patience_s: seconds to wait for another holder to go.
 
     Raises:
-        ValueError: another process holds it; says which.
+        ValueError: another process holds it (says which), or the file system does not let this one.
     """
 
     def __init__(self, run_directory: Path, patience_s: float = _PATIENCE_S) -> None:
-        run_directory.mkdir(parents=True, exist_ok=True)
         path = run_directory / "LOCK"
-        self._file = path.open("a+")
+        try:
+            run_directory.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+        except OSError as error:
+            raise ValueError(f"cannot write in '{run_directory}': {error}") from error
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -44,6 +47,8 @@ class RunLock:
                         "or choose another name (name=...)"
                     ) from None
                 time.sleep(0.1)
+            except OSError as error:
+                raise ValueError(f"cannot lock '{path}' ({error}); use a file system with flock") from error
         # A forked child would share the lock and could keep it beyond this process's death.
         os.register_at_fork(after_in_child=self._file.close)
         holder = {

@@ -158,7 +158,7 @@ class ShardedState:
         state, flat = self._state(place.rank, place.group), self._flat(place.rank, place.group, None)
         split, common = [], {}
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() == 1:
+            if not isinstance(value, Tensor) or value.dim() == 0:
                 common[key] = value
             elif value.dim() == 1 and value.numel() >= flat.numel():
                 split.append(key)

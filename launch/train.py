@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     directory = run_directory(config, config.stage)
     try:
         lock = on_all_ranks(lambda: RunLock(directory) if rank == 0 else None)
-        try:
-            status = train(config, directory, rank, world_size, device)
-        except BaseException as error:
-            run_status.failed(directory, rank, error)
-            raise
+        with lock or nullcontext():
+            try:
+                status = train(config, directory, rank, world_size, device)
+            except BaseException as error:
+                run_status.failed(directory, rank, error)
+                raise
+            stop_process_group()
+            return status
     except ValueError as error:  # mistakes of the user: the message says it all
         print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -73,10 +77,6 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0:  # all ranks raise the same
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    stop_process_group()
-    if lock is not None:
-        lock.release()
-    return status
 
 
 def train(config: RunConfig, directory: Path, rank: int, world_size: int, device: torch.device) -> int:
