@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,16 @@ def complete_steps(root: Path) -> list[int]:
         ):
             found.append(int(mark.parent.name.removeprefix("step-")))
     return sorted(found)
+
+
+def first_difference(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> str:
+    """What to look at when two runs differ."""
+    for ours, theirs in zip(actual, expected, strict=False):
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if keys:
+            values = {key: (ours.get(key), theirs.get(key)) for key in keys[:4]}
+            return f"step {ours['step']}, {ours['split']}: {len(keys)} values, {values} (killed, not killed)"
+    return f"{len(actual)} lines where there should be {len(expected)}"
 
 
 def descendants(pid: int) -> list[int]:
@@ -142,7 +153,7 @@ class Soak:
                 break
             assert "error:" not in text.replace("DistNetworkError:", ""), text
         actual = records(directory / "metrics.jsonl")
-        assert actual == self.expected, f"'{directory}' differs from the run that nobody killed"
+        assert actual == self.expected, f"'{directory}' differs: {first_difference(actual, self.expected)}"
         assert json.loads((directory / "STATUS").read_text())["state"] == "finished"
 
     def _kill_at_some_moment(self, process: subprocess.Popen[bytes], directory: Path) -> None:
@@ -201,8 +212,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+    root = Path(tempfile.mkdtemp())
+    try:
         corpus = root / "documents.jsonl"
         write_corpus(corpus, 400)
         data = [f"data.directory={root / 'shards'}", f"data.source.paths={corpus}"]
@@ -213,6 +224,10 @@ def main() -> int:
         while soak.kills.total() < args.kills:
             soak.run_until(f"run{runs}", args.kills)
             runs += 1
+    except AssertionError:
+        print(f"what is left to look at: {root}", flush=True)
+        raise
+    shutil.rmtree(root)
     for (target, moment), count in sorted(soak.kills.items()):
         print(f"{count:4d}  {target} at {moment}")
     print(
