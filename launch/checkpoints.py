@@ -87,12 +87,13 @@ def start_from(root: Path) -> Checkpoint | None:
     """The newest complete checkpoint, chosen by the first rank for all; what a killed run left of one that it was
     writing is removed. For the holder of the run's lock only."""
     chosen: list[Checkpoint | None] = [None]
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         for directory in root.glob("step-*"):
             if not (directory / COMPLETE).exists():
                 shutil.rmtree(directory)
         chosen[0] = newest(root)
-    dist.broadcast_object_list(chosen, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen, src=0)
     return chosen[0]
 
 
