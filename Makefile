@@ -1,6 +1,7 @@
 # make demo     the whole chain at small size on this machine, about 20 minutes on 2 cores
 # make test     the tests that CI runs            make test-all   all that this machine can run
 # make check    style, types, import contract     make unsloth    second environment, for the comparison only
+# make soak     training killed 50 times at random moments, compared with a run that nobody killed; about an hour
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each: torch's own threads on top of them only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: install demo test test-all check format lock unsloth clean
+.PHONY: install demo test test-all soak check format lock unsloth clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -28,6 +29,9 @@ test: install
 
 test-all: install
 	$(PYTEST)
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --kills 50
 
 check: install
 	$(BIN)/ruff check .

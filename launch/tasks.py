@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
 from launch.loading import open_tokens
 from launch.paths import codes_directory, source_directories
+from launch.shards import ShardedState
 from rqvae.backbone import BaseLM
 from rqvae.encoder import chunk_documents
 from rqvae.flat_transformer import FlatTransformer
 from rqvae.latent_model import LatentModel
+from rqvae.persistence import load_tensors
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
 from rqvae.randomness import Purpose, sample_seeds, uniform
 from rqvae.rq_transformer import RQTransformer
@@ -51,6 +53,9 @@ class StepOutput(NamedTuple):
 
 class Task(ABC):
     """One stage of training."""
+
+    weights_prefix = ""
+    """What the names of a model directory's tensors lack of those of the model."""
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -94,6 +99,22 @@ class Task(ABC):
 
     def load_initial_weights(self, model: nn.Module) -> None:
         """Load the pretrained weights that the run starts from."""
+
+    def initialize(self, model: nn.Module) -> None:
+        """Load what the run starts from: `train.initial_weights` if given, else pretrained backbones.
+
+        Raises:
+            ValueError: the directory holds no model of this kind and shape.
+        """
+        source = self.config.train.initial_weights
+        if source is None:
+            self.load_initial_weights(model)
+            return
+        if not any(Path(source).glob("*.safetensors")):
+            raise ValueError(
+                f"train.initial_weights: no safetensors in '{source}'; launch/convert_checkpoint.py writes them"
+            )
+        load_tensors(model, Path(source), prefix=self.weights_prefix)
 
     @abstractmethod
     def load_model(self, directory: Path) -> nn.Module:
@@ -144,6 +165,8 @@ def _token_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
 
 class BaseLMTask(Task):
     """The plain autoregressive model."""
+
+    weights_prefix = "lm."
 
     def open(self, split: str, tokens: Path, codes: Path) -> TokenDataset:
         return open_tokens(self.config, split, tokens)
@@ -405,8 +428,31 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def load_state(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
-    """Load a consolidated state, naming everything that does not fit."""
-    missing, unexpected = model.load_state_dict(state, strict=False)
+def check_fits(targets: Mapping[str, Tensor], state: ShardedState, source: Path) -> None:
+    """A checkpoint has the tensors of a model and no others.
+
+    Raises:
+        ValueError: names everything that does not fit.
+    """
+    names = set(state.names())
+    missing, unexpected = sorted(targets.keys() - names), sorted(names - targets.keys())
     if missing or unexpected:
         raise ValueError(f"'{source}' does not fit the model: missing {missing}, unexpected {unexpected}")
+
+
+def load_state(model: nn.Module, state: ShardedState, source: Path) -> None:
+    """Load a checkpoint's parameters and buffers, one at a time.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    targets = model.state_dict()
+    check_fits(targets, state, source)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if targets[name].shape != tensor.shape:
+                raise ValueError(
+                    f"'{source}' does not fit the model: '{name}' is {tuple(tensor.shape)}, "
+                    f"expected {tuple(targets[name].shape)}"
+                )
+            targets[name].copy_(tensor)

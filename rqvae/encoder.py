@@ -70,7 +70,13 @@ class TextEncoder(nn.Module):
         resample = Downsample if self.is_causal else ReferenceDownsample
         self.downsample = resample(2 * hidden, config.latent_dim, config.compression_factor)
         self.refinement = TransformerBlock(
-            config.latent_dim, config.num_latent_layers, config.latent_head_dim, 8 / 3, 1e4
+            config.latent_dim,
+            config.num_latent_layers,
+            config.latent_head_dim,
+            8 / 3,
+            1e4,
+            has_norm=self.is_causal
+            or config.num_latent_layers > 0,  # the reference's layout has no lone norm
         )
         self.to_codebook = nn.Linear(config.latent_dim, config.codebook_dim)
 

@@ -200,7 +200,15 @@ class TransformerBlock(nn.Module):
         rope_theta: base of the rotary positions; None for a stack whose inputs carry their positions.
     """
 
-    def __init__(self, dim: int, num_layers: int, head_dim: int, mlp_ratio: float, rope_theta: float | None):
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        head_dim: int,
+        mlp_ratio: float,
+        rope_theta: float | None,
+        has_norm: bool = True,
+    ):
         super().__init__()
         self.num_heads = dim // head_dim
         self.head_dim = head_dim
@@ -208,7 +216,7 @@ class TransformerBlock(nn.Module):
         self.layers: Sequence[SwiGLUTransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
             SwiGLUTransformerLayer(dim, head_dim, mlp_width(dim, mlp_ratio)) for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(dim, bias=False)
+        self.norm = nn.LayerNorm(dim, bias=False) if has_norm else nn.Identity()
         self.gradient_checkpointing = False
         for layer in self.layers:
             for projection in (layer.attention.qkv_proj, layer.mlp.gate_up_proj):

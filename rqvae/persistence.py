@@ -27,6 +27,11 @@ def save_model(model: nn.Module, config: BaseModel, directory: str | Path) -> No
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     save_torch_state_dict(model.state_dict(), directory)
+    save_config(model, config, directory)
+
+
+def save_config(model: nn.Module, config: BaseModel, directory: Path) -> None:
+    """Write a model's `config.json`, by an atomic replacement."""
     content = {
         "model": type(model).__name__,
         "format_version": FORMAT_VERSION,
@@ -87,8 +92,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def load_tensors(model: nn.Module, directory: Path) -> None:
+def load_tensors(model: nn.Module, directory: Path, prefix: str = "") -> None:
     """Copy all tensors of a directory's safetensors files into `model`, one at a time.
+
+    Args:
+        prefix: put before the names in the files.
 
     Raises:
         ValueError: tensors are missing, unexpected or misshapen, or a file is damaged.
@@ -102,8 +110,8 @@ def load_tensors(model: nn.Module, directory: Path) -> None:
     for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors, torch.no_grad():
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensor = tensors.get_tensor(name)
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    name, tensor = prefix + key, tensors.get_tensor(key)
                     if name not in targets:
                         problems.append(f"{name}: unexpected")
                     elif targets[name].shape != tensor.shape:

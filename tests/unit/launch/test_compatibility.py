@@ -168,6 +168,8 @@ def test_training_does_not_begin(
     arguments = ["--config", str(tmp_path / "run.yaml"), "--stage", "rqvae"]
     assert train.main(arguments) == 2
     assert "2 of 300 tokens differ" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    # Nothing but what says so.
+    assert {path.name for path in (tmp_path / "runs/refused/rqvae").iterdir()} == {"LOCK", "STATUS"}
+    assert "2 of 300 tokens differ" in (tmp_path / "runs/refused/rqvae/STATUS").read_text()
     assert train.main([*arguments, "codec.backbone.architecture.vocab_size=299"]) == 2
     assert sys.modules["torch"].distributed.is_initialized() is False

@@ -129,6 +129,10 @@ def test_mistakes_across_fields_are_reported_beside_misspelt_keys(tmp_path: Path
             ["stages.base_lm.frozen_steps=10"],
             "stages.base_lm.frozen_steps: has an effect in rqvae and joint only",
         ),
+        (
+            ["train.checkpoint_every=2", "train.keep_every=3"],
+            "train.keep_every: 3 is not a multiple of checkpoint_every=2",
+        ),
         (["train.precision=bf16", "train.zero_stage=0"], "train.zero_stage: 0 keeps no fp32 master weights"),
         (["train.offload_param=cpu", "train.zero_stage=2"], "train.offload_param: cpu needs zero_stage 3"),
         (["train.offload_optimizer=nvme"], "train.nvme_path: missing"),
