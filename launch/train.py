@@ -20,17 +20,18 @@ import torch.distributed as dist
 from data_pipeline import CodeDataset, StepLoader, TokenDataset
 from launch import checkpoints, tasks
 from launch.config import RunConfig, check_world_size, load_config
+from launch.deepspeed_config import deepspeed_config
 from launch.dry_run import dry_run
 from launch.engine import (
     build_engine,
+    check_deepspeed_config,
     on_all_ranks,
-    parameter_groups,
     resolve_precision,
-    set_learning_rates,
     start_process_group,
     stop_process_group,
 )
 from launch.environment import capture_environment
+from launch.optimizer import parameter_groups, set_learning_rates
 from launch.paths import run_directory
 from launch.progress import Progress
 from launch.stop import StopRequest, agree
@@ -64,6 +65,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     """All phases of a stage, from wherever the run stands."""
     check_world_size(config, world_size)
     precision = resolve_precision(config.train.precision, rank)
+    check_deepspeed_config(deepspeed_config(config.train, precision, world_size))
     assert config.stage is not None
     task = tasks.TASKS[config.stage](config)
     directory = run_directory(config, config.stage)
@@ -124,7 +126,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
             micro_batches = split(to_device(batch, device), config.train.micro_batch_size)
             num_tokens = joined(num_real_tokens(batch, device)) / (world_size * len(micro_batches))
             task.before_step(engine, dataset, step, rank, world_size)
-            learning_rate = set_learning_rates(engine, config.train, step, phase.start)
+            learning_rates = set_learning_rates(engine, config.train, step, phase.start)
             engine.train()
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             for index, micro_batch in enumerate(micro_batches):
@@ -142,7 +144,7 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
             if step % config.train.log_every == 0 or step == phase.end:
                 sums, times = window.close()
                 metrics = task.metrics(sums) | {
-                    "learning_rate": learning_rate,
+                    **learning_rates,
                     "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
                     "tokens_per_s": float(sums["tokens"]) / times["window_s"],
                 }

@@ -235,8 +235,13 @@ def test_batch_arithmetic() -> None:
 def test_every_field_is_documented() -> None:
     import ast
 
-    tree = ast.parse((Path(__file__).parents[3] / "launch" / "config.py").read_text())
-    for model in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "RunConfig"):
+    launch = Path(__file__).parents[3] / "launch"
+    body = [
+        node
+        for name in ("config.py", "engine_config.py")
+        for node in ast.parse((launch / name).read_text()).body
+    ]
+    for model in (node for node in body if isinstance(node, ast.ClassDef) and node.name != "RunConfig"):
         for field, following in zip(model.body, [*model.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
