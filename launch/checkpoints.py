@@ -6,10 +6,11 @@ last by an atomic rename, lists every file with its size; DeepSpeed's own `lates
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from launch.config import RunConfig
+from launch.config import TrainConfig
 
 COMPLETE = "COMPLETE.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; says why and what is left."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class RunState:
     loader: dict[str, Any]
     """State of the data loader: epoch, step, seed, fingerprint."""
     run_hash: str
-    """Hash of the configuration, see `run_hash`."""
+    """Hash of the configuration, see `launch.resume.run_hash`."""
+    config: dict[str, Any] | None = None
+    """The configuration, see `launch.resume.stored_config`. None in checkpoints of older programs."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Checkpoint:
     state: RunState
     world_size: int
     zero_stage: int
+    is_ephemeral: bool = False
+    """Saved because of the time, to be kept until the next one only."""
 
 
 def find_complete(root: Path) -> list[Checkpoint]:
@@ -59,7 +67,11 @@ def find_complete(root: Path) -> list[Checkpoint]:
         ):
             found.append(
                 Checkpoint(
-                    mark.parent, RunState(**content["state"]), content["world_size"], content["zero_stage"]
+                    mark.parent,
+                    RunState(**content["state"]),
+                    content["world_size"],
+                    content["zero_stage"],
+                    content.get("is_ephemeral", False),
                 )
             )
     return found
@@ -69,6 +81,19 @@ def newest(root: Path) -> Checkpoint | None:
     """The newest complete checkpoint, or None."""
     complete = find_complete(root)
     return complete[-1] if complete else None
+
+
+def start_from(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint, chosen by the first rank for all; what a killed run left of one that it was
+    writing is removed. For the holder of the run's lock only."""
+    chosen: list[Checkpoint | None] = [None]
+    if dist.get_rank() == 0:
+        for directory in root.glob("step-*"):
+            if not (directory / COMPLETE).exists():
+                shutil.rmtree(directory)
+        chosen[0] = newest(root)
+    dist.broadcast_object_list(chosen, src=0)
+    return chosen[0]
 
 
 def require_newest(root: Path) -> Checkpoint:
@@ -87,24 +112,100 @@ def require_newest(root: Path) -> Checkpoint:
     return checkpoint
 
 
-def save(
-    engine: deepspeed.DeepSpeedEngine, root: Path, state: RunState, rank_state: dict[str, Any], keep_last: int
-) -> Path:
-    """Write a checkpoint from all ranks, mark it complete, and remove the oldest beyond `keep_last`.
+class Checkpointer:
+    """When to save, saving by all ranks together, and which checkpoints stay.
 
     Args:
-        rank_state: JSON content that belongs to this rank alone.
+        root: the directory of the run's checkpoints.
+        train: `checkpoint_every`, `checkpoint_every_s`, `keep_last`, `keep_every` and `on_checkpoint_failure`.
     """
-    tag = f"step-{state.step:08d}"
-    directory = root / tag
-    if dist.get_rank() == 0:
-        (directory / COMPLETE).unlink(missing_ok=True)
-        root.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    engine.save_checkpoint(str(root), tag=tag, client_state=asdict(state), save_latest=False)
-    (directory / _rank_file(dist.get_rank())).write_text(json.dumps(rank_state))
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+    def __init__(self, root: Path, train: TrainConfig) -> None:
+        self.root, self._train = root, train
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """A checkpoint is due after `step`. All ranks ask at the same steps; the first one's clock decides."""
+        return step % self._train.checkpoint_every == 0 or self._time_is_up()
+
+    def _time_is_up(self) -> bool:
+        if self._train.checkpoint_every_s is None:
+            return False
+        elapsed = torch.tensor(time.monotonic() - self._last)
+        elapsed = elapsed.cuda() if torch.cuda.is_available() else elapsed
+        dist.broadcast(elapsed, src=0)
+        return float(elapsed) >= self._train.checkpoint_every_s
+
+    def save(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        state: RunState,
+        rank_state: dict[str, Any],
+        is_needed: bool = False,
+    ) -> None:
+        """Write a checkpoint from all ranks, mark it complete, and remove those that need not stay.
+
+        Args:
+            rank_state: JSON content that belongs to this rank alone: sums by name, to be added up when another
+                number of ranks goes on.
+            is_needed: the run cannot do without this one (the end of a phase, a stop).
+
+        Raises:
+            CheckpointError: some rank could not write, and `on_checkpoint_failure` is stop or the checkpoint is
+                needed. Otherwise that is said and training may go on. What was written of it is removed.
+        """
+        directory = self.root / f"step-{state.step:08d}"
+        is_ephemeral = not is_needed and state.step % self._train.checkpoint_every != 0
+        problem = self._write(engine, directory, state, rank_state)
+        if problem is None:
+            problem = _on_rank_0(lambda: self._complete(engine, directory, state, is_ephemeral))
+        if problem is not None:
+            _on_rank_0(lambda: shutil.rmtree(directory, ignore_errors=True))
+            kept = newest(self.root)
+            left = "there is none before it" if kept is None else f"'{kept.directory}' before it is intact"
+            message = (
+                f"checkpoint '{directory}' could not be written ({problem}); {left}. Make room on the disk"
+            )
+            if is_needed or self._train.on_checkpoint_failure == "stop":
+                raise CheckpointError(f"{message} and start the same command again")
+            if dist.get_rank() == 0:
+                print(f"warning: {message}; training goes on", flush=True)
+        elif (problem := _on_rank_0(self._remove_superseded)) is not None and dist.get_rank() == 0:
+            print(f"warning: an old checkpoint could not be removed ({problem})", flush=True)
+        self._last = time.monotonic()
+
+    def _write(
+        self, engine: deepspeed.DeepSpeedEngine, directory: Path, state: RunState, rank_state: dict[str, Any]
+    ) -> str | None:
+        """Every rank's files; returns the first problem of any rank."""
+        problem = _on_rank_0(lambda: self._make_room(directory))
+        if problem is not None:
+            return problem
+        writer = _Writer(engine.checkpoint_engine)
+        engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda _: None
+        try:
+            engine.save_checkpoint(
+                str(self.root), tag=directory.name, client_state=asdict(state), save_latest=False
+            )
+        finally:
+            engine.checkpoint_engine = writer.original
+        if writer.problem is None:
+            writer.attempt(
+                lambda: (directory / rank_file(dist.get_rank())).write_text(json.dumps(rank_state))
+            )
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, writer.problem)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None), None)
+
+    def _make_room(self, directory: Path) -> None:
+        if directory.exists():
+            (directory / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+
+    def _complete(
+        self, engine: deepspeed.DeepSpeedEngine, directory: Path, state: RunState, is_ephemeral: bool
+    ) -> None:
         files = {
             str(path.relative_to(directory)): path.stat().st_size
             for path in sorted(directory.rglob("*"))
@@ -116,6 +217,7 @@ def save(
             "state": asdict(state),
             "world_size": dist.get_world_size(),
             "zero_stage": engine.zero_optimization_stage(),
+            "is_ephemeral": is_ephemeral,
             "files": files,
         }
         temporary = directory / f"{COMPLETE}.tmp"
@@ -123,90 +225,67 @@ def save(
         _fsync(temporary)
         temporary.replace(directory / COMPLETE)
         _fsync(directory)
-        for old in find_complete(root)[:-keep_last]:
+        _fsync(self.root)
+
+    def _remove_superseded(self) -> None:
+        for old in superseded(find_complete(self.root), self._train.keep_last, self._train.keep_every):
             (old.directory / COMPLETE).unlink()  # invisible first, then gone
             shutil.rmtree(old.directory)
-    dist.barrier()
-    return directory
 
 
-def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bring the engine to the state of a checkpoint; returns what this rank saved as `rank_state`.
-
-    Raises:
-        ValueError: the number of ranks changed, or DeepSpeed found nothing to load.
-    """
-    if checkpoint.world_size != dist.get_world_size():
-        raise ValueError(
-            f"'{checkpoint.directory}' was written by {checkpoint.world_size} ranks and this run has "
-            f"{dist.get_world_size()}; start it on {checkpoint.world_size} ranks"
-        )
-    path, _ = engine.load_checkpoint(str(checkpoint.directory.parent), tag=checkpoint.directory.name)
-    if path is None:
-        raise ValueError(f"DeepSpeed could not load '{checkpoint.directory}'")
-    return json.loads((checkpoint.directory / _rank_file(dist.get_rank())).read_text())
+def superseded(complete: list[Checkpoint], keep_last: int, keep_every: int | None) -> list[Checkpoint]:
+    """Which of all complete checkpoints (oldest first) need not stay."""
+    lasting = [checkpoint for checkpoint in complete if not checkpoint.is_ephemeral]
+    kept = {checkpoint.directory for checkpoint in [*lasting[-keep_last:], *complete[-1:]]}
+    kept |= {c.directory for c in lasting if keep_every is not None and c.state.step % keep_every == 0}
+    return [checkpoint for checkpoint in complete if checkpoint.directory not in kept]
 
 
-def _rank_file(rank: int) -> str:
+class _Writer:
+    """DeepSpeed's own writer, but a file that cannot be written is remembered instead of raised: a rank that left
+    `save_checkpoint` early would leave the others waiting in it."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.problem: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.attempt(lambda: self.original.save(state_dict, path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.attempt(lambda: self.original.makedirs(path, exist_ok=exist_ok))
+
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Do it; after a first problem do nothing any more."""
+        if self.problem is None:
+            try:
+                action()
+            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+                self.problem = _first_line(error)
+
+
+def _on_rank_0(action: Callable[[], Any]) -> str | None:
+    """Do it on the first rank while the others wait; returns its problem on every rank."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem[0] = _first_line(error)
+    dist.broadcast_object_list(problem, src=0)
+    return problem[0]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that holds a rank's `rank_state`."""
     return f"rank-{rank:05d}.json"
-
-
-def run_hash(config: RunConfig, precision: str) -> str:
-    """Identity of a run: everything that changes its numbers."""
-    train = config.train.model_dump(
-        mode="json",
-        exclude={"log_every", "checkpoint_every", "keep_last", "num_workers", "max_time_s", "precision"},
-    )
-    content = {
-        "stage": config.stage,
-        "seed": config.seed,
-        "codec": config.codec.model_dump(mode="json"),
-        "latent_model": config.latent_model.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
-        "train": train,
-        "precision": precision,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_other_run(
-    run_directory: Path, checkpoint: Checkpoint | None, expected_hash: str, fingerprint: str
-) -> None:
-    """A checkpoint is continued only by the configuration and on the data that it was written with.
-
-    Raises:
-        ValueError: it was written by another configuration, or the data changed since.
-    """
-    if checkpoint is not None and checkpoint.state.loader["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"'{run_directory}' was trained on data with fingerprint "
-            f"{checkpoint.state.loader['fingerprint'][:16]}, the data now there has {fingerprint[:16]}. "
-            "Restore the data, choose another name (name=...), or remove that directory to start afresh"
-        )
-    if checkpoint is not None and checkpoint.state.run_hash != expected_hash:
-        raise ValueError(
-            f"'{run_directory}' holds a run with another configuration (see its config.yaml). "
-            "Choose another name (name=...), or remove that directory to start afresh"
-        )
-
-
-def consolidated_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The model's whole fp32 state, parameters and buffers, on the CPU, without any process group."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    module: dict[str, Tensor] = {}
-    if checkpoint.zero_stage < 2:
-        file = checkpoint.directory / "mp_rank_00_model_states.pt"
-        # Our own file; DeepSpeed keeps more than tensors in it.
-        module = torch.load(file, map_location="cpu", weights_only=False)["module"]
-        if checkpoint.zero_stage == 0:
-            return module
-    state = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.directory.parent), tag=checkpoint.directory.name
-    )
-    # Stage 1 keeps fp32 copies of what it trains; frozen parameters are in the module's own state only.
-    frozen = {name: tensor for name, tensor in module.items() if name not in state}
-    return {name: t.float() if t.is_floating_point() else t for name, t in frozen.items()} | state
 
 
 def _fsync(path: Path) -> None:

@@ -83,8 +83,16 @@ class TrainConfig(EngineConfig):
     """Samples of the validation split per validation, over all ranks."""
     checkpoint_every: int = Field(default=200, gt=0)
     """Optimizer steps between two checkpoints. The last step is always saved."""
+    checkpoint_every_s: float | None = Field(default=None, gt=0)
+    """Seconds without a checkpoint after which one is saved in between, and kept only until the next. Bounds what a
+    crash can cost. Null: by steps only."""
     keep_last: int = Field(default=2, gt=0)
     """Number of newest complete checkpoints that are kept."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints at multiples of this many steps are kept for good. A multiple of `checkpoint_every`."""
+    on_checkpoint_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (disk full): stop, or say so and train on until the next one. The last of
+    a phase, and that of a stop, must succeed in either case. What was there before stays intact."""
     num_workers: int = Field(default=1, ge=0)
     """Threads or processes per rank that read data ahead. 0 reads in the training loop."""
     max_time_s: float | None = Field(default=None, gt=0)
@@ -372,6 +380,11 @@ def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str
         yield (
             f"{where('global_batch_size')}: {train.global_batch_size} is not a multiple of "
             f"micro_batch_size={train.micro_batch_size}"
+        )
+    if train.keep_every is not None and train.keep_every % train.checkpoint_every:
+        yield (
+            f"{where('keep_every')}: {train.keep_every} is not a multiple of "
+            f"checkpoint_every={train.checkpoint_every}, so nothing would be there to keep"
         )
     if train.warmup_steps > train.steps:
         yield f"{where('warmup_steps')}: {train.warmup_steps} exceeds steps={train.steps}"

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from data_pipeline import load_tokenizer
 from launch import checkpoints, tasks
 from launch.config import load_config
+from launch.shards import ShardedState
 from rqvae.backbone import BaseLM, load_pretrained
 from rqvae.gguf_file import GGUFModel
 
@@ -59,7 +60,7 @@ def to_safetensors(source: Path, destination: Path) -> None:
     config = load_config(run_directory / "config.yaml")
     task = tasks.TASKS[config.stage](config)  # type: ignore[index]
     model = task.create_model()
-    tasks.load_state(model, checkpoints.consolidated_state(checkpoint), checkpoint.directory)
+    tasks.load_state(model, ShardedState(checkpoint), checkpoint.directory)
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)  # type: ignore[operator]

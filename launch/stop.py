@@ -18,8 +18,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # SIGUSR1 clashes with NCCL
 class StopRequest:
     """Collects this process's reasons to stop; the training loop joins them over ranks at step boundaries.
 
-    Under the `deepspeed` launcher SIGTERM to the launcher kills the ranks at once: use the STOP file
-    (`touch RUN_DIRECTORY/STOP`) or send SIGUSR2 to the ranks there.
+    SIGTERM to `torchrun` or `srun` reaches the ranks, which have `torchrun --shutdown-timeout` seconds (30 by
+    default) for the step and the checkpoint. The `deepspeed` launcher kills its ranks at once on SIGTERM: there use
+    the STOP file (`touch RUN_DIRECTORY/STOP`) or send SIGUSR2 to a rank.
 
     Args:
         run_directory: where a file named STOP asks for a stop.
@@ -59,4 +60,11 @@ def agree(loss: Tensor, stop_reason: str | None, step: int, rank: int, sample_in
         raise FloatingPointError(
             f"non-finite loss at step {step} on {int(flags[0])} rank(s); rank {rank}: {mine}"
         )
-    return (stop_reason or "another rank's request") if flags[1] > 0 else None
+    return _first(stop_reason) if flags[1] > 0 else None
+
+
+def _first(reason: str | None) -> str | None:
+    """The first rank's reason that has one."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((text for text in reasons if text is not None), None)

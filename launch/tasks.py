@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
+from launch.shards import ShardedState
 from rqvae.backbone import BaseLM
 from rqvae.encoder import chunk_documents
 from rqvae.flat_transformer import FlatTransformer
@@ -387,8 +388,18 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def load_state(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
-    """Load a consolidated state, naming everything that does not fit."""
-    missing, unexpected = model.load_state_dict(state, strict=False)
+def load_state(model: nn.Module, state: ShardedState, source: Path) -> None:
+    """Load a checkpoint's parameters and buffers one at a time, naming everything that does not fit."""
+    targets = model.state_dict()
+    missing = [name for name in targets if name not in state.names()]
+    unexpected = [name for name in state.names() if name not in targets]
     if missing or unexpected:
         raise ValueError(f"'{source}' does not fit the model: missing {missing}, unexpected {unexpected}")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if targets[name].shape != tensor.shape:
+                raise ValueError(
+                    f"'{source}' does not fit the model: '{name}' is {tuple(tensor.shape)}, "
+                    f"expected {tuple(targets[name].shape)}"
+                )
+            targets[name].copy_(tensor)

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import CodeDataset, StepLoader, TokenDataset
-from launch import checkpoints, tasks
+from launch import checkpoints, resume, run_status, tasks
+from launch.checkpoints import Checkpointer
 from launch.config import RunConfig, check_world_size, load_config
 from launch.deepspeed_config import deepspeed_config
 from launch.dry_run import dry_run
@@ -31,11 +32,15 @@ from launch.engine import (
     stop_process_group,
 )
 from launch.environment import capture_environment
+from launch.launcher import die_with_launcher
 from launch.optimizer import parameter_groups, set_learning_rates
 from launch.paths import run_directory
 from launch.progress import Progress
+from launch.run_lock import RunLock
+from launch.shards import ShardedState
 from launch.stop import StopRequest, agree
 from launch.tracking import Tracker
+from launch.validation import validate
 from launch.window import Window, joined, num_real_tokens, split, to_device
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a complete checkpoint; start again to continue
@@ -51,30 +56,44 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    die_with_launcher()
     rank, world_size, device = start_process_group()
+    assert config.stage is not None
+    directory = run_directory(config, config.stage)
     try:
-        status = train(config, rank, world_size, device)
+        lock = on_all_ranks(lambda: RunLock(directory) if rank == 0 else None)
+        try:
+            status = train(config, directory, rank, world_size, device)
+        except BaseException as error:
+            run_status.failed(directory, rank, error)
+            raise
     except ValueError as error:  # mistakes of the user: the message says it all
         print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 2
+    except checkpoints.CheckpointError as error:
+        print(f"[rank {rank}] error: {error}" if rank == 0 else "", file=sys.stderr, flush=True)
+        return 1
     stop_process_group()
+    if lock is not None:
+        lock.release()
     return status
 
 
-def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -> int:
+def train(config: RunConfig, directory: Path, rank: int, world_size: int, device: torch.device) -> int:
     """All phases of a stage, from wherever the run stands."""
+    if rank == 0:
+        run_status.running(directory)
     check_world_size(config, world_size)
     precision = resolve_precision(config.train.precision, rank)
     check_deepspeed_config(deepspeed_config(config.train, precision, world_size))
     assert config.stage is not None
     task = tasks.TASKS[config.stage](config)
-    directory = run_directory(config, config.stage)
-    run_hash = checkpoints.run_hash(config, precision)
-    resumed = checkpoints.newest(directory / "checkpoints")
+    checkpointer = Checkpointer(directory / "checkpoints", config.train)
+    resumed = checkpoints.start_from(checkpointer.root)
 
     def open_data() -> TokenDataset | CodeDataset:
         dataset = task.dataset("train")
-        checkpoints.refuse_other_run(directory, resumed, run_hash, dataset.fingerprint)
+        resume.refuse_other_run(directory, resumed, config, precision, dataset.fingerprint)
         if resumed is None:
             task.check_data(dataset)
         return dataset
@@ -82,7 +101,6 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
     dataset = on_all_ranks(open_data)
     environment: dict[str, Any] = {}
     if rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(config.to_yaml())
         environment = capture_environment(directory)
         for note in task.notes():
@@ -103,13 +121,13 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
         if resumed is None:
             task.load_initial_weights(model)
         elif not same_phase:
-            tasks.load_state(model, checkpoints.consolidated_state(resumed), resumed.directory)
+            tasks.load_state(model, ShardedState(resumed), resumed.directory)
         task.set_phase(model, phase)
         groups = parameter_groups(model, task.backbone_parameters(model), config.train)
         engine = build_engine(model, groups, config.train, precision)
         window = Window(device)
         if resumed is not None and same_phase:
-            window.load_state(checkpoints.load(engine, resumed))
+            window.load_state(resume.load(engine, resumed))
 
         loader = StepLoader(
             dataset,
@@ -154,52 +172,33 @@ def train(config: RunConfig, rank: int, world_size: int, device: torch.device) -
                 validation = validate(task, engine, config, rank, world_size, device, step - 1)
                 record(tracker, phase, "validation", step, validation)
                 window.skip_time()
-            if step % config.train.checkpoint_every == 0 or step == phase.end or stopped is not None:
+            is_needed = step == phase.end or stopped is not None
+            if is_needed or checkpointer.due(step):
                 tracker.sync()
-                state = checkpoints.RunState(step, phase.name, loader.state(), run_hash)
-                checkpoints.save(
-                    engine, directory / "checkpoints", state, window.state(), config.train.keep_last
+                state = checkpoints.RunState(
+                    step,
+                    phase.name,
+                    loader.state(),
+                    resume.run_hash(config, precision),
+                    resume.stored_config(config, precision),
                 )
+                checkpointer.save(engine, state, window.state(), is_needed)
                 window.skip_time()
         loader.close()
         progress.close()
-        resumed = checkpoints.newest(directory / "checkpoints")
+        resumed = checkpoints.start_from(checkpointer.root)
         del engine, model, groups  # room for those of the next phase
         if stopped is not None:
             break
     tracker.close()
     if rank == 0:
         (directory / "STOP").unlink(missing_ok=True)
+        if stopped is not None:
+            run_status.stopped(directory, step, stopped)
+        else:
+            run_status.finished(directory, step)
         say_what_next(config, directory, stopped, step)
     return EXIT_STOPPED if stopped is not None else 0
-
-
-def validate(
-    task: tasks.Task,
-    engine: Any,
-    config: RunConfig,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    step: int,
-) -> dict[str, float]:
-    """Metrics over the first samples of the validation split, the same number of passes on every rank."""
-    dataset = task.dataset("validation")
-    total = min(config.train.eval_samples, len(dataset))
-    window = Window(device)
-    engine.eval()
-    size = config.train.micro_batch_size
-    with torch.no_grad():
-        for start in range(0, total, size * world_size):
-            first = start + rank * size
-            indices = [min(index, total - 1) for index in range(first, first + size)]
-            batch = to_device(dataset.read(indices), device)
-            # A rank beyond the end takes part with padding, which counts for nothing.
-            beyond = torch.arange(first, first + size, device=device) >= total
-            batch["document_ids"] = batch["document_ids"].masked_fill(beyond[:, None], 0)
-            window.add(task.forward(engine, batch, torch.ones((), device=device), step).sums)
-    sums, _ = window.close()
-    return task.metrics(sums)
 
 
 def record(

@@ -42,12 +42,21 @@ def test_nothing_complete_says_what_is_there(tmp_path: Path) -> None:
         checkpoints.require_newest(tmp_path)
 
 
-def test_other_configuration_or_data_is_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 10)
-    found = checkpoints.require_newest(tmp_path)
-    checkpoints.refuse_other_run(tmp_path, found, "a" * 64, "f" * 64)
-    checkpoints.refuse_other_run(tmp_path, None, "b" * 64, "f" * 64)
-    with pytest.raises(ValueError, match="another configuration"):
-        checkpoints.refuse_other_run(tmp_path, found, "b" * 64, "f" * 64)
-    with pytest.raises(ValueError, match="Restore the data"):
-        checkpoints.refuse_other_run(tmp_path, found, "a" * 64, "e" * 64)
+def test_what_is_kept() -> None:
+    def checkpoint(step: int, is_ephemeral: bool = False) -> checkpoints.Checkpoint:
+        state = checkpoints.RunState(**{**STATE, "step": step})  # type: ignore[arg-type]
+        return checkpoints.Checkpoint(Path(f"step-{step:08d}"), state, 2, 3, is_ephemeral)
+
+    def removed(complete: list[checkpoints.Checkpoint], **settings: int | None) -> list[int]:
+        keep = {"keep_last": 2, "keep_every": None, **settings}
+        return [found.state.step for found in checkpoints.superseded(complete, **keep)]  # type: ignore[arg-type]
+
+    lasting = [checkpoint(step) for step in (10, 20, 30, 40)]
+    assert removed(lasting) == [10, 20]
+    assert removed(lasting, keep_every=20) == [10]
+    assert removed(lasting, keep_last=1, keep_every=10) == []
+    # An ephemeral one stays until the next of any kind, and does not count among the last.
+    mixed = [checkpoint(10), checkpoint(20), checkpoint(23, True), checkpoint(26, True)]
+    assert removed(mixed) == [23]
+    assert removed([*mixed, checkpoint(30)], keep_last=1) == [10, 20, 23, 26]
+    assert removed([checkpoint(20, True), checkpoint(30)], keep_every=10) == [20]

@@ -1,0 +1,69 @@
+"""Ranks that die with the launcher that started them.
+
+A launcher that is killed with SIGKILL cannot end its ranks. They would train on as orphans, in the run directory
+that the next start of the same command works in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+
+_SCRIPTS = ("deepspeed", "torchrun")
+_MODULES = ("deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch")
+_SET_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_launcher() -> None:
+    """Arrange that this process gets SIGKILL when the launcher above it ends, whichever way. Linux only.
+
+    The kernel looks after the direct parent (PR_SET_PDEATHSIG). `deepspeed` has a process above that one, which a
+    thread watches. A process that no launcher started is left alone: it may well outlive its shell.
+    """
+    if not any(name in os.environ for name in _SET_BY_LAUNCHERS) or sys.platform != "linux":
+        return
+    launchers = _launchers_above(os.getpid())
+    if not launchers:
+        # It died while this process was still importing.
+        os.kill(os.getpid(), signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        descriptors = [os.pidfd_open(pid) for pid in launchers]
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_watch, args=(descriptors,), name="launcher", daemon=True).start()
+
+
+def _watch(descriptors: list[int]) -> None:
+    ends = select.poll()
+    for descriptor in descriptors:
+        ends.register(descriptor, select.POLLIN)
+    ends.poll()  # returns when one of them has ended
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _launchers_above(pid: int) -> list[int]:
+    """The unbroken line of launchers above a process, nearest first."""
+    found: list[int] = []
+    while True:
+        status = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(status.rpartition(")")[2].split()[1])  # the name in parentheses may hold anything
+        if pid == 0 or not _is_launcher(Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")):
+            return found
+        found.append(pid)
+
+
+def _is_launcher(command: str) -> bool:
+    """Whether a command line (words ended by NUL) is a Python that runs a launcher."""
+    interpreter, *words = command.split("\0")
+    program = next((word for word in words if word and not word.startswith("-")), "")
+    files = tuple(name.replace(".", "/") + ".py" for name in _MODULES)
+    return "python" in Path(interpreter).name and (
+        Path(program).name in _SCRIPTS or program in _MODULES or program.endswith(files)
+    )

@@ -1,0 +1,39 @@
+"""Validation during training, by all ranks together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from launch.config import RunConfig
+from launch.tasks import Task
+from launch.window import Window, to_device
+
+
+def validate(
+    task: Task,
+    engine: Any,
+    config: RunConfig,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    step: int,
+) -> dict[str, float]:
+    """Metrics over the first samples of the validation split, the same number of passes on every rank."""
+    dataset = task.dataset("validation")
+    total = min(config.train.eval_samples, len(dataset))
+    window = Window(device)
+    engine.eval()
+    size = config.train.micro_batch_size
+    with torch.no_grad():
+        for start in range(0, total, size * world_size):
+            first = start + rank * size
+            indices = [min(index, total - 1) for index in range(first, first + size)]
+            batch = to_device(dataset.read(indices), device)
+            # A rank beyond the end takes part with padding, which counts for nothing.
+            beyond = torch.arange(first, first + size, device=device) >= total
+            batch["document_ids"] = batch["document_ids"].masked_fill(beyond[:, None], 0)
+            window.add(task.forward(engine, batch, torch.ones((), device=device), step).sums)
+    sums, _ = window.close()
+    return task.metrics(sums)
