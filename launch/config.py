@@ -46,6 +46,10 @@ class TrainConfig(EngineConfig):
     frozen_steps: int = Field(default=0, ge=0)
     """Steps of phase one of the codec, in which the backbones' weights stay as they are while everything
     above and below them learns. Between 0 (no such phase) and `steps`."""
+    phase_method: Literal["rebuild", "zero_lr"] = "rebuild"
+    """How backbones are frozen. rebuild: the engine is built anew after phase one; least memory. zero_lr: one engine
+    trains both phases, with a learning rate of 0 for the backbones in phase one; no second start, but gradients and
+    optimizer state of everything from the beginning. Both train alike."""
     quantizer_warmup_steps: int = Field(default=0, ge=0)
     """First steps of the codec's training without quantization; k-means then initialises the codebooks.
     About a quarter of `steps` gave the best reconstruction at small scale. 0: on the first batch."""
@@ -120,6 +124,9 @@ class TrackingConfig(StrictModel):
     Logins are never read from this file."""
     project: str = Field(default="rqvae-text", min_length=1)
     """Project the runs are listed under."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak TFLOP/s of one GPU (or rank) in the run's precision, for model FLOPs utilisation. Null: from a table of
+    GPUs, in bf16; where that knows nothing, the utilisation is not logged."""
     entity: str | None = None
     """User or team that owns the project. Null: the login's default."""
 
@@ -400,4 +407,6 @@ def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str
     for name, stages in _ONLY_IN.items():
         if stage not in stages and section.get(name):
             yield f"stages.{stage}.{name}: has an effect in {' and '.join(stages)} only; remove it"
+    if train.phase_method == "zero_lr" and train.offload_optimizer == "nvme":
+        yield f"{where('phase_method')}: zero_lr cannot reset moments on a disk (offload_optimizer nvme); use rebuild"
     yield from mistakes_of_engine(train, where)

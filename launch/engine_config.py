@@ -90,6 +90,24 @@ class CommunicationConfig(StrictModel):
     """Weights that are used again within so many elements are not released (1e9). Needs zero_stage 3."""
 
 
+class GuardsConfig(StrictModel):
+    """When a step must not be taken. Every rank decides alike, before the weights change."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with a message that names the samples, or leave the step out."""
+    loss_spike: float | None = Field(default=None, gt=1)
+    """Largest loss over the mean of the last `spike_window` ones, once there are so many. Null: no limit."""
+    spike_window: int = Field(default=50, gt=0)
+    """Steps that say what loss is usual. They start anew when quantization begins."""
+    on_loss_spike: Literal["stop", "skip"] = "stop"
+    """What to do about a step beyond `loss_spike`."""
+    max_skipped: int = Field(default=10, ge=0)
+    """Steps that may be left out in the whole run; the next one stops it."""
+    min_codebook_usage: float | None = Field(default=None, gt=0, lt=1)
+    """Smallest share of a codebook's entries in use (`codebook/used_fraction_LEVEL` of the log) with which training
+    goes on, looked at whenever a line is logged. Null: no limit."""
+
+
 class EngineConfig(StrictModel):
     """Optimizer, precision and parallelism of a stage."""
 
@@ -142,6 +160,8 @@ class EngineConfig(StrictModel):
     graph at every layer; there DeepSpeed's own compiler is `deepspeed: {compile: {deepcompile: true}}`."""
     communication: CommunicationConfig = CommunicationConfig()
     """Buckets and overlap."""
+    guards: GuardsConfig = GuardsConfig()
+    """What must not reach the weights."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Anything else for DeepSpeed, in its own words, e.g. {zero_optimization: {sub_group_size: 100000000}}. What
     this program sets by itself is refused here."""
@@ -182,6 +202,9 @@ def mistakes_of_engine(train: EngineConfig, where: Callable[[str], str]) -> Iter
             "compiler, deepspeed: {compile: {deepcompile: true}}"
         )
     yield from _mistakes_of_offloading(train, where)
+    skips = "skip" in (train.guards.non_finite, train.guards.on_loss_spike)
+    if skips and train.offload_optimizer == "nvme":
+        yield f"{where('guards')}: skip needs the gradients at hand; not with offload_optimizer nvme"
     yield from _mistakes_of_passing_on(train.deepspeed, where("deepspeed"), where)
 
 

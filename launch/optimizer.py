@@ -14,6 +14,8 @@ from launch.config import TrainConfig
 if TYPE_CHECKING:  # it picks its accelerator on import, which `launch.engine` prepares
     import deepspeed
 
+    from launch.tasks import Phase
+
 # Their order is that of the groups in checkpoints.
 _KINDS = ("_no_decay", "", "_muon")
 
@@ -89,7 +91,7 @@ def create_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.
 
 
 def set_learning_rates(
-    engine: deepspeed.DeepSpeedEngine, train: TrainConfig, step: int, phase_start: int
+    engine: deepspeed.DeepSpeedEngine, train: TrainConfig, step: int, phase: Phase
 ) -> dict[str, float]:
     """Set every group's learning rate for `step`, a pure function of it.
 
@@ -101,9 +103,9 @@ def set_learning_rates(
         peak = train.muon_learning_rate if group["name"].endswith("_muon") else train.learning_rate
         group["lr"] = peak * factor
         if group["name"].startswith("backbone"):
-            group["lr"] *= train.backbone_learning_rate_ratio
+            group["lr"] *= 0.0 if phase.freezes_backbone else train.backbone_learning_rate_ratio
             # Adam's moments of the backbone start at zero when it is unfrozen.
-            if phase_start and step < phase_start + train.switch_warmup_steps:
-                group["lr"] *= (step + 1 - phase_start) / train.switch_warmup_steps
+            if phase.start and step < phase.start + train.switch_warmup_steps:
+                group["lr"] *= (step + 1 - phase.start) / train.switch_warmup_steps
     rates = {f"learning_rate/{group['name']}": float(group["lr"]) for group in engine.optimizer.param_groups}
     return {"learning_rate": train.learning_rate * factor, **rates}
