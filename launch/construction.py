@@ -66,7 +66,7 @@ def build_split(
         return model
 
     model = on_all_ranks(build)
-    deepspeed.zero.Init(module=_OneByOne(model, dtype), config_dict_or_path=config, dtype=dtype)
+    deepspeed.zero.Init(module=_OneByOne(model, dtype, device), config_dict_or_path=config, dtype=dtype)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             buffer = buffer.to(device).contiguous()
@@ -78,15 +78,19 @@ def build_split(
 class _OneByOne(nn.Module):
     """Hands out the parameters of a model, giving each its storage just before DeepSpeed sends and splits it."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self._of, self._dtype = [model], dtype  # in a list, so that it is no submodule
+        self._of, self._dtype, self._device = [model], dtype, device  # in a list, so that it is no submodule
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for parameter in self._of[0].parameters(recurse):
             if parameter.is_meta:
-                storage = torch.zeros(parameter.shape, dtype=self._dtype)
-                torch.utils.swap_tensors(parameter, nn.Parameter(storage, parameter.requires_grad))
+                torch.utils.swap_tensors(parameter, self._with_storage(parameter))
             else:
                 parameter.data = parameter.data.to(self._dtype)
             yield parameter
+
+    def _with_storage(self, parameter: nn.Parameter) -> nn.Parameter:
+        # No variable may hold the result while DeepSpeed splits it, or it would not be freed in time.
+        storage = torch.zeros(parameter.shape, dtype=self._dtype, device=self._device)
+        return nn.Parameter(storage, parameter.requires_grad)
