@@ -1,6 +1,7 @@
 # make demo     the whole chain at small size on this machine, about 20 minutes on 2 cores
 # make test     the tests that CI runs            make test-all   all that this machine can run
 # make check    style, types, import contract     make unsloth    second environment, for the comparison only
+# make gpu-check   everything that needs a GPU, as a table
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each: torch's own threads on top of them only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: install demo test test-all check format lock unsloth clean
+.PHONY: install demo test test-all gpu-check check format lock unsloth clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -28,6 +29,9 @@ test: install
 
 test-all: install
 	$(PYTEST)
+
+gpu-check: install
+	$(BIN)/python launch/gpu_check.py
 
 check: install
 	$(BIN)/ruff check .

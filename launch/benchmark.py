@@ -5,6 +5,7 @@
     python launch/benchmark.py quantizer
     python launch/benchmark.py loss
     python launch/benchmark.py latent
+    python launch/benchmark.py training --config configs/tiny.yaml
 
 The rows of a table take turns, so that a slow moment of the machine hits all of them. Medians of all turns after a
 warm-up. `--json F` writes the figures and the environment to F.
@@ -21,6 +22,7 @@ from launch.benchmark_inference import benchmark_inference, print_table
 from launch.benchmark_latent import Grid, benchmark_latent, print_latent
 from launch.benchmark_loss import FULL, TIMED, LossShape, benchmark_loss, print_loss
 from launch.benchmark_quantizer import SHAPES, Shape, benchmark_quantizer, print_quantizer
+from launch.benchmark_training import benchmark_training, print_training
 from launch.config import BenchmarkConfig, load_config
 from launch.report_data import update_report
 
@@ -46,9 +48,17 @@ def main(arguments: list[str] | None = None) -> int:
     latent = commands.add_parser("latent", help="RQ-transformer against the flat transformer")
     latent.add_argument("--tokens", type=int, nargs="+", default=Grid().tokens, help="T, tokens per sample")
     latent.add_argument("--levels", type=int, nargs="+", default=Grid().levels, help="D, codes per position")
+    training = commands.add_parser(
+        "training", help="ZeRO-3 beside ZeRO-1 and DDP on one job; data must be built"
+    )
+    training.add_argument("--config", required=True, help="run configuration")
+    training.add_argument("--stage", default="base_lm", choices=("base_lm", "rqvae", "rq_transformer"))
+    training.add_argument("--ranks", type=int, default=2, help="processes on this machine")
+    training.add_argument("--steps", type=int, default=30, help="per row")
+    training.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over the file's")
     for command in (quantizer, loss, latent):
         command.add_argument("--repeats", type=int, default=5, help="turns of every row")
-    for command in (inference, quantizer, loss, latent):
+    for command in (inference, quantizer, loss, latent, training):
         command.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(arguments)
     try:
@@ -67,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "loss":
             result = benchmark_loss(LossShape(*args.timed), LossShape(*args.full), args.repeats)
             print_loss(result)
+        elif args.command == "training":
+            result = benchmark_training(args.config, args.stage, args.ranks, args.steps, args.overrides)
+            print_training(result)
         else:
             result = benchmark_latent(Grid(tuple(args.tokens), tuple(args.levels)), args.repeats)
             print_latent(result)

@@ -171,8 +171,10 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
                 guards.check_codebooks(step, codebooks)
             if step % config.train.eval_every == 0 or step == config.train.steps:
                 with window.outside():
-                    validation = validate(task, engine, config, rank, world_size, device, step - 1)
+                    validation, counts = validate(task, engine, config, rank, world_size, device, step - 1)
                     record(tracker, phase, "validation", step, validation)
+                    if counts is not None:
+                        tracker.log_code_counts(step, counts.long().tolist())
             is_needed = step == phase.end or stopped is not None
             if is_needed or checkpointer.due(step):
                 tracker.sync()
