@@ -183,5 +183,5 @@ def test_code_counts_are_kept_and_mirrored_in_at_most_512_bins(tmp_path: Path) -
     wandb.teardown()
     (segment,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     (row,) = [history(r) for r in transaction_log(segment) if r.WhichOneof("record_type") == "history"]
-    assert row["validation/codes_0"]["values"] == [2] * 500
-    assert row["validation/codes_1"]["values"] == [0, 5, 2]
+    assert row["validation/codes_0.values"] == [2] * 500
+    assert row["validation/codes_1.values"] == [0, 5, 2]
