@@ -83,17 +83,19 @@ def norm_metrics(engine: deepspeed.DeepSpeedEngine, squares: Tensor) -> dict[str
     return {"gradient_norm": math.sqrt(float(squares.sum())), **by_group}
 
 
-def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make the coming `engine.step()` change nothing but its own counters.
-
-    DeepSpeed discards a step whose gradients are not finite, so under ZeRO one element is made so.
-    """
+def step_without_update(engine: deepspeed.DeepSpeedEngine) -> None:
+    """`engine.step()` that changes nothing but the engine's counters; the gradients are gone after it."""
     if engine.zero_optimization_stage() == 0:
-        for parameter in engine.module.parameters():
-            parameter.grad = None
+        groups = engine.optimizer.param_groups
+        kept = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = []
+        engine.step()
+        for group, parameters in zip(groups, kept, strict=True):
+            group["params"] = parameters
         return
-    for gradients in local_gradients(engine) or []:
-        for gradient in gradients:
-            if gradient.numel():
-                gradient.view(-1)[0] = math.nan
-                return
+    # DeepSpeed discards a step whose gradients are not finite: its own way out, for any stage.
+    filled = [gradient for group in local_gradients(engine) or [] for gradient in group if gradient.numel()]
+    if filled:
+        filled[0].view(-1)[0] = math.nan
+    engine.step()

@@ -300,7 +300,7 @@ def _start_wandb(
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if mode == "offline":
-        print(f"wandb: offline; send with: wandb sync {run_dir / 'wandb'}")
+        print(f"wandb: offline; send with: wandb sync {run_dir / 'wandb'}/offline-run-*")
     else:
         print(f"wandb: {run.url}" + (f" (resumed at step {resume_step})" if resume_step else ""))
     return run

@@ -31,7 +31,7 @@ from launch.engine import (
     stop_process_group,
 )
 from launch.environment import capture_environment
-from launch.gradients import discard_gradients, norm_metrics, squared_norms
+from launch.gradients import norm_metrics, squared_norms, step_without_update
 from launch.guards import Guards, UnhealthyError
 from launch.launcher import die_with_launcher
 from launch.optimizer import set_learning_rates
@@ -153,10 +153,10 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
             decision = guards.judge(step, mean_loss, squares, stop.reason(), batch["sample_index"])
             stopped = decision.stop
             if decision.skip:
-                discard_gradients(engine)
+                step_without_update(engine)
                 task.after_skipped_step(engine.module)
-            engine.step()
-            if not decision.skip:
+            else:
+                engine.step()
                 task.after_step(engine.module, step)
             step += 1
             progress.update()
