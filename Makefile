@@ -2,6 +2,7 @@
 # make test     the tests that CI runs            make test-all   all that this machine can run
 # make check    style, types, import contract     make unsloth    second environment, for the comparison only
 # make soak     training killed 50 times at random moments, compared with a run that nobody killed; about an hour
+# make gpu-check   everything that needs a GPU, as a table
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each: torch's own threads on top of them only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: install demo test test-all soak check format lock unsloth clean
+.PHONY: install demo test test-all soak gpu-check check format lock unsloth clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -32,6 +33,9 @@ test-all: install
 
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --kills 50
+
+gpu-check: install
+	$(BIN)/python launch/gpu_check.py
 
 check: install
 	$(BIN)/ruff check .

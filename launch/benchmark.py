@@ -7,6 +7,7 @@
     python launch/benchmark.py latent
     python launch/benchmark.py loader
     python launch/benchmark.py build
+    python launch/benchmark.py training --config configs/tiny.yaml
 
 The rows of a table take turns, so that a slow moment of the machine hits all of them. Medians of all turns after a
 warm-up. `--json F` writes the figures and the environment to F.
@@ -25,6 +26,7 @@ from launch.benchmark_latent import Grid, benchmark_latent, print_latent
 from launch.benchmark_loader import SHAPE, benchmark_loader, print_loader
 from launch.benchmark_loss import FULL, TIMED, LossShape, benchmark_loss, print_loss
 from launch.benchmark_quantizer import SHAPES, Shape, benchmark_quantizer, print_quantizer
+from launch.benchmark_training import benchmark_training, print_training
 from launch.config import BenchmarkConfig, load_config
 from launch.loader_rows import LoaderShape
 from launch.report_data import update_report
@@ -62,9 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument("--mib", type=float, default=BuildShape().mib, help="text to tokenize")
     build.add_argument("--workers", type=int, default=BuildShape().workers, help="processes, and files")
     build.add_argument("--vocabulary", type=int, default=BuildShape().vocabulary, help="tokens of the BPE")
+    training = commands.add_parser(
+        "training", help="ZeRO-3 beside ZeRO-1 and DDP on one job; data must be built"
+    )
+    training.add_argument("--config", required=True, help="run configuration")
+    training.add_argument("--stage", default="base_lm", choices=("base_lm", "rqvae", "rq_transformer"))
+    training.add_argument("--ranks", type=int, default=2, help="processes on this machine")
+    training.add_argument("--steps", type=int, default=30, help="per row")
+    training.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over the file's")
     for command in (quantizer, loss, latent, loader, build):
         command.add_argument("--repeats", type=int, default=5, help="turns of every row")
-    for command in (inference, quantizer, loss, latent, loader, build):
+    for command in (inference, quantizer, loss, latent, loader, build, training):
         command.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args(arguments)
     try:
@@ -90,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "build":
             result = benchmark_build(BuildShape(args.mib, args.workers, args.vocabulary), args.repeats)
             print_build(result)
+        elif args.command == "training":
+            result = benchmark_training(args.config, args.stage, args.ranks, args.steps, args.overrides)
+            print_training(result)
         else:
             result = benchmark_latent(Grid(tuple(args.tokens), tuple(args.levels)), args.repeats)
             print_latent(result)

@@ -42,6 +42,8 @@ class RunState:
     """Hash of the configuration, see `launch.resume.run_hash`."""
     config: dict[str, Any] | None = None
     """The configuration, see `launch.resume.stored_config`. None in checkpoints of older programs."""
+    guards: dict[str, Any] | None = None
+    """State of `launch.guards.Guards`. None in checkpoints of older programs."""
 
 
 @dataclass(frozen=True)

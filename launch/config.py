@@ -10,7 +10,7 @@ Which value wins for a training setting of stage S: a command-line override `tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from data_pipeline.config import DataConfig, StreamingConfig
 from data_pipeline.yaml_config import ConfigError, apply_overrides, merge, read_yaml, validate
+from launch.engine_config import EngineConfig, mistakes_of_engine
 from rqvae.config import LatentModelConfig, RQTransformerConfig, RQVAEConfig, StrictModel
 
 Stage = Literal["base_lm", "rqvae", "rq_transformer", "joint"]
@@ -37,7 +38,7 @@ _ONLY_IN = {
 }
 
 
-class TrainConfig(StrictModel):
+class TrainConfig(EngineConfig):
     """One stage's training. `train:` holds the values for every stage, `stages.S:` those that differ in S."""
 
     steps: int = Field(default=1000, gt=0)
@@ -45,6 +46,10 @@ class TrainConfig(StrictModel):
     frozen_steps: int = Field(default=0, ge=0)
     """Steps of phase one of the codec, in which the backbones' weights stay as they are while everything
     above and below them learns. Between 0 (no such phase) and `steps`."""
+    phase_method: Literal["rebuild", "zero_lr"] = "rebuild"
+    """How backbones are frozen. rebuild: the engine is built anew after phase one; least memory. zero_lr: one engine
+    trains both phases, with a learning rate of 0 for the backbones in phase one; no second start, but gradients and
+    optimizer state of everything from the beginning. Both train alike."""
     quantizer_warmup_steps: int = Field(default=0, ge=0)
     """First steps of the codec's training without quantization; k-means then initialises the codebooks.
     About a quarter of `steps` gave the best reconstruction at small scale. 0: on the first batch."""
@@ -63,8 +68,6 @@ class TrainConfig(StrictModel):
     """Samples per rank in one forward pass. Gradients accumulate over
     global_batch_size / (micro_batch_size * world size) passes, which must be a whole number."""
 
-    learning_rate: float = Field(default=3e-4, gt=0, lt=1)
-    """Peak learning rate of AdamW for new layers."""
     backbone_learning_rate_ratio: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of the backbone's weights over `learning_rate`. Below 1 for a pretrained backbone."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -79,30 +82,6 @@ class TrainConfig(StrictModel):
     falls linearly over the last `wsd_decay_fraction` of the steps, constant stays."""
     wsd_decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of `steps` over which the wsd schedule decays. Used by `schedule: wsd` only."""
-    weight_decay: float = Field(default=0.1, ge=0, lt=1)
-    """Decoupled weight decay per step, times the learning rate; matrices only, not norms or embeddings."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of Adam's first moment per step."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of Adam's second moment per step."""
-    gradient_clipping: float = Field(default=1.0, ge=0)
-    """Largest global L2 norm of the gradient. 0 does not clip."""
-
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the forward and backward pass. auto: bf16 where the hardware multiplies it natively,
-    otherwise fp32 with a warning. Master weights, optimizer and codebooks are fp32 in every case."""
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    """What DeepSpeed splits over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
-    param_persistence_threshold: int = Field(default=100_000, ge=0)
-    """ZeRO-3 keeps parameters with fewer elements whole on every rank. 0 splits everything."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer state lives if not on the accelerator. Needs zero_stage 1 or more, nvme needs 3."""
-    offload_param: Literal["none", "cpu", "nvme"] = "none"
-    """Where the weights' shards live when not on the accelerator. Needs zero_stage 3."""
-    nvme_path: str | None = None
-    """Directory on a local NVMe disk for anything offloaded to nvme."""
-    activation_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory for about a third more compute."""
 
     log_every: int = Field(default=10, gt=0)
     """Optimizer steps between two training lines in metrics.jsonl."""
@@ -155,6 +134,9 @@ class TrackingConfig(StrictModel):
     Logins are never read from this file."""
     project: str = Field(default="rqvae-text", min_length=1)
     """Project the runs are listed under."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak TFLOP/s of one GPU (or rank) in the run's precision, for model FLOPs utilisation. Null: from a table of
+    GPUs, in bf16; where that knows nothing, the utilisation is not logged."""
     entity: str | None = None
     """User or team that owns the project. Null: the login's default."""
 
@@ -211,8 +193,8 @@ class RunConfig(StrictModel):
     def for_stage(self, stage: Stage) -> RunConfig:
         """A copy with `stage` set and `train` merged for it."""
         section: TrainConfig = getattr(self.stages, stage)
-        train = self.train.model_copy(update=section.model_dump(exclude_unset=True))
-        return self.model_copy(update={"stage": stage, "train": train})
+        values = merge(self.train.model_dump(exclude_unset=True), section.model_dump(exclude_unset=True))
+        return self.model_copy(update={"stage": stage, "train": TrainConfig.model_validate(values)})
 
     def to_yaml(self) -> str:
         """YAML that `load_config` reads back to an equal configuration.
@@ -294,21 +276,25 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
 
 def _without_overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`values` without the stages' own settings of what a `train.x=v` override sets for all stages."""
-    names = {
-        parts[1]
-        for parts in (o.partition("=")[0].strip().split(".") for o in overrides)
-        if len(parts) == 2 and parts[0] == "train"
-    }
+    paths = [override.partition("=")[0].strip().split(".") for override in overrides]
     sections = values.get("stages")
-    if not names or not isinstance(sections, Mapping):
+    if not isinstance(sections, Mapping):
         return dict(values)
-    kept = {
-        stage: {k: v for k, v in section.items() if k not in names}
-        if isinstance(section, Mapping)
-        else section
-        for stage, section in sections.items()
-    }
+    kept = dict(sections)
+    for stage, section in sections.items():
+        for path in paths:
+            if path[0] == "train" and len(path) > 1:
+                kept[stage] = section = _without(section, path[1:])
     return {**values, "stages": kept}
+
+
+def _without(values: Any, path: Sequence[str]) -> Any:
+    """`values` without what stands at `path`."""
+    if not isinstance(values, Mapping) or path[0] not in values:
+        return values
+    if len(path) == 1:
+        return {key: value for key, value in values.items() if key != path[0]}
+    return {**values, path[0]: _without(values[path[0]], path[1:])}
 
 
 def _inline_architectures(values: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +347,7 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
         section = sections.get(name) or {}
         if not isinstance(section, Mapping):
             continue
-        train = _section(TrainConfig, {**train_values, **section})
+        train = _section(TrainConfig, merge(train_values, section))
         if train is not None:
             mistakes += _mistakes_of_training(train, name, section)
             if train.streaming is not None and data is not None:
@@ -419,7 +405,7 @@ def _mistakes_of_codec_and_latent_model(codec: RQVAEConfig, latent_model: Latent
 
 def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str, Any]) -> Iterator[str]:
     def where(name: str) -> str:
-        return f"stages.{stage}.{name}" if name in section else f"train.{name}"
+        return f"stages.{stage}.{name}" if name.partition(".")[0] in section else f"train.{name}"
 
     if train.global_batch_size % train.micro_batch_size:
         yield (
@@ -455,20 +441,6 @@ def _mistakes_of_training(train: TrainConfig, stage: Stage, section: Mapping[str
             f"{where('streaming')}.streams: train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"{train.streaming.streams}"
         )
-    if train.precision == "bf16" and train.zero_stage == 0:
-        yield (
-            f"{where('zero_stage')}: 0 keeps no fp32 master weights with precision bf16; "
-            "use zero_stage 1 or more, or precision fp32"
-        )
-    yield from _mistakes_of_offloading(train, where)
-
-
-def _mistakes_of_offloading(train: TrainConfig, where: Callable[[str], str]) -> Iterator[str]:
-    if train.offload_param != "none" and train.zero_stage != 3:
-        yield f"{where('offload_param')}: {train.offload_param} needs zero_stage 3, not {train.zero_stage}"
-    if train.offload_optimizer == "cpu" and train.zero_stage == 0:
-        yield f"{where('offload_optimizer')}: cpu needs zero_stage 1, 2 or 3, not 0"
-    if train.offload_optimizer == "nvme" and train.zero_stage != 3:
-        yield f"{where('offload_optimizer')}: nvme needs zero_stage 3, not {train.zero_stage}"
-    if "nvme" in (train.offload_param, train.offload_optimizer) and train.nvme_path is None:
-        yield f"{where('nvme_path')}: missing; name a directory on a local NVMe disk to offload to"
+    if train.phase_method == "zero_lr" and train.offload_optimizer == "nvme":
+        yield f"{where('phase_method')}: zero_lr cannot reset moments on a disk (offload_optimizer nvme); use rebuild"
+    yield from mistakes_of_engine(train, where)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from data_pipeline.yaml_config import merge
 from launch.config import TrainConfig
+
+_STAGE_3_NAMES = ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
 
 
 def deepspeed_config(
@@ -33,27 +36,14 @@ def deepspeed_config(
         raise ValueError(
             "zero_stage 0 keeps no fp32 master weights with bf16; use zero_stage 1 or more, or precision fp32"
         )
-    zero: dict[str, Any] = {"stage": train.zero_stage}
-    if train.zero_stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": train.param_persistence_threshold,
-            # save_16bit_model would otherwise write nothing but placeholders.
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
-    for kind in ("optimizer", "param"):
-        device = getattr(train, f"offload_{kind}")
-        if device != "none":
-            zero[f"offload_{kind}"] = {"device": device}
-            if device == "nvme":
-                zero[f"offload_{kind}"]["nvme_path"] = train.nvme_path
     config: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.gradient_clipping,
-        "zero_optimization": zero,
+        "zero_optimization": _zero_optimization(train),
         "bf16": {"enabled": precision == "bf16"},
-        # The optimizer is torch's AdamW with our parameter groups, also with offloading.
+        # The optimizer is ours, with our parameter groups, also with offloading.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # Logging is ours.
@@ -66,4 +56,31 @@ def deepspeed_config(
             "keep_in_fp32_modules": ["*"],
             "grad_accum_dtype": "fp32",
         }
-    return config
+    return merge(config, train.deepspeed)
+
+
+def _zero_optimization(train: TrainConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": train.param_persistence_threshold,
+            # save_16bit_model would otherwise write nothing but placeholders.
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    if train.zero_hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = train.zero_hpz_partition_size
+    zero |= {
+        name: True for name in ("zero_quantized_weights", "zero_quantized_gradients") if getattr(train, name)
+    }
+    if train.optimizer == "muon":
+        zero["reduce_scatter"] = False  # orthogonalisation needs whole gradients
+    for name, value in train.communication.model_dump(exclude_none=True).items():
+        zero[f"stage3_{name}" if name in _STAGE_3_NAMES else name] = value
+    for kind in ("optimizer", "param"):
+        device = getattr(train, f"offload_{kind}")
+        if device != "none":
+            offload = {"device": device, "pin_memory": train.offload_pin_memory}
+            if device == "nvme":
+                offload["nvme_path"] = train.nvme_path
+            zero[f"offload_{kind}"] = offload
+    return zero

@@ -1,12 +1,11 @@
-"""Processes, precision, optimizer and the DeepSpeed engine."""
+"""Processes, precision and the DeepSpeed engine."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +24,7 @@ import deepspeed
 
 from launch.config import TrainConfig
 from launch.deepspeed_config import deepspeed_config
+from launch.optimizer import create_optimizer
 from rqvae.layers import TransformerBlock
 
 Result = TypeVar("Result")
@@ -113,59 +113,6 @@ def resolve_precision(wanted: str, rank: int = 0) -> Literal["bf16", "fp32"]:
     return "bf16" if wanted == "bf16" else "fp32"
 
 
-def learning_rate_factor(train: TrainConfig, step: int) -> float:
-    """Learning rate over its peak at a step: linear warm-up, then the schedule."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    low = train.min_learning_rate_ratio
-    if train.schedule == "constant":
-        return 1.0
-    if train.schedule == "cosine":
-        done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay_steps = max(1, round(train.wsd_decay_fraction * train.steps))
-    return low + (1 - low) * min(1.0, (train.steps - step) / decay_steps)
-
-
-def parameter_groups(
-    model: nn.Module, backbone: Iterable[nn.Parameter], train: TrainConfig
-) -> list[dict[str, Any]]:
-    """AdamW groups of all trainable parameters: backbone or new, with or without weight decay.
-
-    Matrices decay; norms, biases, embeddings and single vectors do not.
-    """
-    backbone_ids = {id(parameter) for parameter in backbone}
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            decays = parameter.dim() > 1 and id(parameter) not in embeddings
-            groups.setdefault((id(parameter) in backbone_ids, decays), []).append(parameter)
-    return [
-        {
-            "name": ("backbone" if is_backbone else "new") + ("" if decays else "_no_decay"),
-            "params": parameters,
-            "weight_decay": train.weight_decay if decays else 0.0,
-        }
-        for (is_backbone, decays), parameters in sorted(groups.items())
-    ]
-
-
-def set_learning_rates(
-    engine: deepspeed.DeepSpeedEngine, train: TrainConfig, step: int, phase_start: int
-) -> float:
-    """Set every group's learning rate for `step` (a pure function of it); returns that of new layers."""
-    rate = train.learning_rate * learning_rate_factor(train, step)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-        if group["name"].startswith("backbone"):
-            group["lr"] *= train.backbone_learning_rate_ratio
-            # Adam's moments of the backbone start at zero when it is unfrozen.
-            if phase_start and step < phase_start + train.switch_warmup_steps:
-                group["lr"] *= (step + 1 - phase_start) / train.switch_warmup_steps
-    return rate
-
-
 def recompute_activations(model: nn.Module) -> None:
     """Keep only every layer's input in the forward pass, in backbones and in our own stacks."""
     for module in model.modules():
@@ -178,15 +125,32 @@ def recompute_activations(model: nn.Module) -> None:
 def build_engine(
     model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, precision: Literal["bf16", "fp32"]
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed with torch's AdamW."""
+    """The model under DeepSpeed, with the optimizer of the configuration.
+
+    Raises:
+        ValueError: the engine does not train exactly the parameters of `groups`.
+    """
     if train.activation_checkpointing:
         recompute_activations(model)
-    optimizer = torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
-    )
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
+        optimizer=create_optimizer(groups, train),
         config=deepspeed_config(train, precision, dist.get_world_size()),
     )
+    if train.torch_compile:
+        engine.compile()
     return engine
+
+
+def check_deepspeed_config(config: dict[str, Any]) -> None:
+    """Let DeepSpeed's own models judge what `train.deepspeed` passed on.
+
+    Raises:
+        ValueError: what DeepSpeed says.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"DeepSpeed refuses the configuration (train.deepspeed?): {error}") from error

@@ -31,6 +31,9 @@ _FREE = {
     "max_time_s",
     "precision",  # compared as resolved
     "micro_batch_size",  # another number of ranks may need another
+    "communication",
+    "offload_pin_memory",
+    "guards",  # may be what a stopped run goes on with
 }
 
 

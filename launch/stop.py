@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # SIGUSR1 clashes with NCCL
 
@@ -46,24 +43,7 @@ class StopRequest:
         return self._reason
 
 
-def agree(loss: Tensor, stop_reason: str | None, step: int, rank: int, sample_index: Tensor) -> str | None:
-    """One decision of all ranks: go on (None), or stop after this step (why).
-
-    Raises:
-        FloatingPointError: the loss of some rank is not finite; before the optimizer could take it in.
-    """
-    is_bad = not math.isfinite(float(loss))
-    flags = torch.tensor([float(is_bad), float(stop_reason is not None)], device=loss.device)
-    dist.all_reduce(flags)
-    if flags[0] > 0:
-        mine = f"this rank's loss {float(loss)}, samples {sample_index.tolist()}"
-        raise FloatingPointError(
-            f"non-finite loss at step {step} on {int(flags[0])} rank(s); rank {rank}: {mine}"
-        )
-    return _first(stop_reason) if flags[1] > 0 else None
-
-
-def _first(reason: str | None) -> str | None:
+def first_reason(reason: str | None) -> str | None:
     """The first rank's reason that has one."""
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, reason)

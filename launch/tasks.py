@@ -42,6 +42,11 @@ class Phase:
     start: int
     end: int
 
+    @property
+    def freezes_backbone(self) -> bool:
+        """Pretrained weights stay as they are."""
+        return self.name == "frozen"
+
 
 class StepOutput(NamedTuple):
     """Result of a forward pass on one micro-batch."""
@@ -132,9 +137,14 @@ class Task(ABC):
         """The phases, in order, without gaps."""
         return [Phase("full", 0, self.config.train.steps)]
 
+    def frozen_parameters(self, model: nn.Module, phase: Phase) -> Iterator[nn.Parameter]:
+        """Parameters that keep their values in a phase, while gradients flow through them."""
+        return self.backbone_parameters(model) if phase.freezes_backbone else iter(())
+
     def set_phase(self, model: nn.Module, phase: Phase) -> None:
-        """Choose what is trained, before the engine is built. Never on a live engine: ZeRO-3 would go
-        wrong silently."""
+        """Freeze them, before the engine is built. Never on a live engine: ZeRO-3 would go wrong silently."""
+        for parameter in self.frozen_parameters(model, phase):
+            parameter.requires_grad_(False)
 
     def backbone_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Parameters that started from pretrained weights."""
@@ -146,8 +156,15 @@ class Task(ABC):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called by all ranks after the optimizer step."""
 
-    def state_metrics(self, model: nn.Module) -> dict[str, float]:
-        """Metrics that are read off the model."""
+    def after_skipped_step(self, model: nn.Module) -> None:
+        """Called by all ranks instead of `after_step` when the weights were left as they are."""
+
+    def begins_new_loss(self, step: int) -> bool:
+        """The loss of `step` does not compare with that of the steps before."""
+        return False
+
+    def state_metrics(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Metrics that are read off the model after `step` steps."""
         return {}
 
 
@@ -214,10 +231,6 @@ class RQVAETask(Task):
         train = self.config.train
         phases = [Phase("frozen", 0, train.frozen_steps), Phase("full", train.frozen_steps, train.steps)]
         return [phase for phase in phases if phase.start < phase.end]
-
-    def set_phase(self, model: RQVAE, phase: Phase) -> None:  # type: ignore[override]
-        for parameter in model.backbone_parameters():
-            parameter.requires_grad_(phase.name != "frozen")
 
     def backbone_parameters(self, model: RQVAE) -> Iterator[nn.Parameter]:  # type: ignore[override]
         return model.backbone_parameters()
@@ -297,6 +310,12 @@ class RQVAETask(Task):
         if step >= self.config.train.quantizer_warmup_steps:
             model.quantizer.update_codebook_ema(step, self.config.seed)
 
+    def after_skipped_step(self, model: RQVAE) -> None:  # type: ignore[override]
+        model.quantizer.discard_pending()
+
+    def begins_new_loss(self, step: int) -> bool:
+        return step == self.config.train.quantizer_warmup_steps
+
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         chunks = sums["chunks"].clamp(min=1)
         # The first steps of a window may have been continuous.
@@ -317,8 +336,9 @@ class RQVAETask(Task):
                 metrics[f"codebook/window_perplexity_{level}"] = float(perplexity[level])
         return metrics
 
-    def state_metrics(self, model: RQVAE) -> dict[str, float]:  # type: ignore[override]
-        return model.quantizer.usage_metrics()
+    def state_metrics(self, model: RQVAE, step: int) -> dict[str, float]:  # type: ignore[override]
+        # Before quantization begins, codebooks are what they were made with and mean nothing.
+        return model.quantizer.usage_metrics() if step > self.config.train.quantizer_warmup_steps else {}
 
 
 class RQTransformerTask(Task):

@@ -10,11 +10,13 @@ of step s is marked complete.
 Weights & Biases. The run id is kept in `RUN_DIRECTORY/wandb_run_id`, so a resumed run goes on under the same
 id. Our own step is logged as `step` and is the x axis of every chart; a step that is repeated after a resume
 is logged a second time. Without a login the run is recorded offline, in one `offline-run-*` directory for
-each start, all with the same id; `wandb sync RUN_DIRECTORY/wandb` sends them one after another into one run.
+each start, all with the same id; `wandb sync RUN_DIRECTORY/wandb/offline-run-*` sends files of one id in the order
+of their start times into one run (`--dry-run` shows what it would send).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import netrc
@@ -177,6 +179,20 @@ class Tracker:
             }
             self._wandb.log({"step": record["step"], **values})
 
+    def log_code_counts(self, step: int, counts: list[list[int]]) -> None:
+        """Keep how often every code of every level was used at a validation.
+
+        Written to `RUN_DIRECTORY/code_counts/step-00000200.json`; the mirror gets a histogram per level, whose bins
+        join codes where there are more than wandb takes.
+        """
+        if self._log is None:
+            return
+        directory = self._log.path.parent / "code_counts"
+        directory.mkdir(exist_ok=True)
+        (directory / f"step-{step:08d}.json").write_text(json.dumps({"step": step, "counts": counts}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({"step": step} | _histograms(counts))
+
     def sync(self) -> None:
         """Force metrics.jsonl to the disk; call it before a checkpoint is marked complete."""
         if self._log is not None:
@@ -197,6 +213,18 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(exit_code=0 if kind is None else 1)
+
+
+def _histograms(counts: list[list[int]]) -> dict[str, Any]:
+    import wandb
+
+    found = {}
+    for level, by_code in enumerate(counts):
+        width = -(-len(by_code) // wandb.Histogram.MAX_LENGTH)
+        edges = [*range(0, len(by_code), width), len(by_code)]
+        bins = [sum(by_code[start:end]) for start, end in itertools.pairwise(edges)]
+        found[f"validation/codes_{level}"] = wandb.Histogram(np_histogram=(bins, edges))
+    return found
 
 
 def wandb_mode(config: RunConfig) -> Literal["online", "offline", "disabled"]:
@@ -272,7 +300,7 @@ def _start_wandb(
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if mode == "offline":
-        print(f"wandb: offline; send with: wandb sync {run_dir / 'wandb'}")
+        print(f"wandb: offline; send with: wandb sync {run_dir / 'wandb'}/offline-run-*")
     else:
         print(f"wandb: {run.url}" + (f" (resumed at step {resume_step})" if resume_step else ""))
     return run

@@ -22,23 +22,26 @@ from data_pipeline.progress import Progress
 from launch import checkpoints, resume, run_status, tasks
 from launch.checkpoints import Checkpointer
 from launch.config import RunConfig, check_world_size, load_config
+from launch.deepspeed_config import deepspeed_config
 from launch.dry_run import dry_run
 from launch.engine import (
-    build_engine,
+    check_deepspeed_config,
     on_all_ranks,
-    parameter_groups,
     resolve_precision,
-    set_learning_rates,
     start_process_group,
     stop_process_group,
 )
 from launch.environment import capture_environment
+from launch.gradients import norm_metrics, squared_norms, step_without_update
+from launch.guards import Guards, UnhealthyError
 from launch.launcher import die_with_launcher
 from launch.loading import open_loader
+from launch.optimizer import set_learning_rates
 from launch.paths import run_directory
+from launch.phases import Phases
 from launch.run_lock import RunLock
-from launch.shards import ShardedState
-from launch.stop import StopRequest, agree
+from launch.speed import Speedometer
+from launch.stop import StopRequest
 from launch.tracking import Tracker
 from launch.validation import validate
 from launch.window import Window, joined, num_real_tokens, split, to_device
@@ -73,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # mistakes of the user: the message says it all
         print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 2
-    except checkpoints.CheckpointError as error:
-        if rank == 0:  # all ranks raise the same
+    except (checkpoints.CheckpointError, UnhealthyError) as error:  # all ranks raise the same
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 
@@ -85,6 +88,7 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
         run_status.running(directory)
     check_world_size(config, world_size)
     precision = resolve_precision(config.train.precision, rank)
+    check_deepspeed_config(deepspeed_config(config.train, precision, world_size))
     assert config.stage is not None
     task = tasks.TASKS[config.stage](config)
     checkpointer = Checkpointer(directory / "checkpoints", config.train)
@@ -98,36 +102,30 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
         return dataset
 
     dataset = on_all_ranks(open_data)
+    speed = Speedometer(config, precision, device, world_size)
     environment: dict[str, Any] = {}
     if rank == 0:
         (directory / "config.yaml").write_text(config.to_yaml())
         environment = capture_environment(directory)
-        for note in task.notes():
-            print(note, flush=True)
+        for note in (*task.notes(), speed.note):
+            if note is not None:
+                print(note, flush=True)
         print(f"Going on from step {resumed.state.step}" if resumed else "Starting afresh", flush=True)
     dist.barrier()
     step = resumed.state.step if resumed else 0
     tracker = Tracker(directory, config, config.stage, rank, resume_step=step, environment=environment)
     stop = StopRequest(directory, config.train.max_time_s)
+    guards = Guards(config.train.guards, rank, resumed.state.guards if resumed else None)
+    phases = Phases(task, precision, device)
 
     stopped: str | None = None
     for phase in task.phases():
         if step >= phase.end and phase.end < config.train.steps:
             continue  # an earlier phase, done
-        # A new engine per phase: what is trainable must never change on a live ZeRO-3 engine.
-        torch.manual_seed(config.seed)
-        model = task.create_model()
-        same_phase = resumed is not None and resumed.state.phase == phase.name
-        if resumed is None:
-            task.initialize(model)
-        elif not same_phase:
-            tasks.load_state(model, ShardedState(resumed), resumed.directory)
-        task.set_phase(model, phase)
-        groups = parameter_groups(model, task.backbone_parameters(model), config.train)
-        engine = build_engine(model, groups, config.train, precision)
+        engine, rank_state = phases.enter(phase, resumed)
         window = Window(device)
-        if resumed is not None and same_phase:
-            window.load_state(resume.load(engine, resumed))
+        if rank_state is not None:
+            window.load_state(rank_state)
 
         loader = open_loader(
             config, dataset, rank, world_size, None if resumed is None else resumed.state.loader, device
@@ -138,35 +136,41 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
             micro_batches = split(to_device(batch, device), config.train.micro_batch_size)
             num_tokens = joined(num_real_tokens(batch, device)) / (world_size * len(micro_batches))
             task.before_step(engine, dataset, step, rank, world_size)
-            learning_rate = set_learning_rates(engine, config.train, step, phase.start)
+            if task.begins_new_loss(step):
+                guards.forget_losses()
+            learning_rates = set_learning_rates(engine, config.train, step, phase)
             engine.train()
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
-            for index, micro_batch in enumerate(micro_batches):
-                out = task.forward(engine, micro_batch, num_tokens, step)
-                step_loss += out.loss.detach()
-                window.add(out.sums)
-                engine.backward(out.loss)
-                if index + 1 == len(micro_batches):
-                    stopped = agree(step_loss, stop.reason(), step, rank, batch["sample_index"])
+            for micro_batch in micro_batches[:-1]:
+                step_loss += forward_backward(task, engine, micro_batch, num_tokens, step, window)
                 engine.step()
-            task.after_step(model, step)
+            step_loss += forward_backward(task, engine, micro_batches[-1], num_tokens, step, window)
+            mean_loss, squares = step_loss / len(micro_batches), squared_norms(engine)
+            decision = guards.judge(step, mean_loss, squares, stop.reason(), batch["sample_index"])
+            stopped = decision.stop
+            if decision.skip:
+                step_without_update(engine)
+                task.after_skipped_step(engine.module)
+            else:
+                engine.step()
+                task.after_step(engine.module, step)
             step += 1
             progress.update()
 
             if step % config.train.log_every == 0 or step == phase.end:
                 sums, times = window.close()
-                metrics = task.metrics(sums) | {
-                    "learning_rate": learning_rate,
-                    "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
-                    "tokens_per_s": float(sums["tokens"]) / times["window_s"],
-                }
-                metrics |= task.state_metrics(model) | loader.metrics()
-                record(tracker, phase, "train", step, metrics | times)
+                metrics = task.metrics(sums) | learning_rates | norm_metrics(engine, decision.squared_norms)
+                metrics |= speed.metrics(phase, sums, times) | loader.metrics() | guards.metrics()
+                codebooks = task.state_metrics(engine.module, step)
+                record(tracker, phase, "train", step, metrics | codebooks | times)
                 progress.update(0, loss=metrics["loss"])
+                guards.check_codebooks(step, codebooks)
             if step % config.train.eval_every == 0 or step == config.train.steps:
-                validation = validate(task, engine, config, rank, world_size, device, step - 1)
-                record(tracker, phase, "validation", step, validation)
-                window.skip_time()
+                with window.outside():
+                    validation, counts = validate(task, engine, config, rank, world_size, device, step - 1)
+                    record(tracker, phase, "validation", step, validation)
+                    if counts is not None:
+                        tracker.log_code_counts(step, counts.long().tolist())
             is_needed = step == phase.end or stopped is not None
             if is_needed or checkpointer.due(step):
                 tracker.sync()
@@ -176,13 +180,15 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
                     loader.state(),
                     resume.run_hash(config, precision),
                     resume.stored_config(config, precision),
+                    guards.state(),
                 )
-                checkpointer.save(engine, state, window.state(), is_needed)
-                window.skip_time()
+                with window.outside("checkpoint_s"):
+                    checkpointer.save(engine, state, window.state(), is_needed)
         loader.close()
         progress.close()
         resumed = checkpoints.start_from(checkpointer.root)
-        del engine, model, groups  # room for those of the next phase
+        phases.leave()
+        del engine  # room for that of the next phase
         if stopped is not None:
             break
     tracker.close()
@@ -194,6 +200,21 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
             run_status.finished(directory, step)
         say_what_next(config, directory, stopped, step)
     return EXIT_STOPPED if stopped is not None else 0
+
+
+def forward_backward(
+    task: tasks.Task,
+    engine: Any,
+    micro_batch: tasks.Batch,
+    num_tokens: torch.Tensor,
+    step: int,
+    window: Window,
+) -> torch.Tensor:
+    """Gradients of one micro-batch; returns its loss."""
+    out = task.forward(engine, micro_batch, num_tokens, step)
+    window.add(out.sums)
+    engine.backward(out.loss)
+    return out.loss.detach()
 
 
 def record(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_pipeline import MixtureDataset
 from launch.config import RunConfig
@@ -20,10 +21,13 @@ def validate(
     world_size: int,
     device: torch.device,
     step: int,
-) -> dict[str, float]:
-    """Metrics over the first samples of the validation split, the same number of passes on every rank.
+) -> tuple[dict[str, float], Tensor | None]:
+    """Score the first samples of the validation split, with the same number of passes on every rank.
 
     Those of a mixture are taken in the weights' proportions.
+
+    Returns:
+        Metrics, and how often every code was used: [D, C], None where there are no codes.
     """
     dataset = task.dataset("validation")
     count = min(config.train.eval_samples, len(dataset))
@@ -42,4 +46,4 @@ def validate(
             batch["document_ids"] = batch["document_ids"].masked_fill(beyond[:, None], 0)
             window.add(task.forward(engine, batch, torch.ones((), device=device), step).sums)
     sums, _ = window.close()
-    return task.metrics(sums)
+    return task.metrics(sums), sums.get("code_counts")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,15 +21,25 @@ def joined(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that any rank has taken so far: allocated on its GPU, or resident in its process on a CPU."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Most memory in GiB that any rank has taken so far.
+
+    Returns:
+        peak_memory_gib: allocated on the GPU, or resident in the process on a CPU. On a GPU also
+        peak_reserved_gib: taken from it, free blocks included, and peak_process_gib: resident in the process.
+    """
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    peaks = {"peak_memory_gib": process}
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / (1 << 30)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    largest = torch.tensor(peak, device=device, dtype=torch.float64)
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        peaks = {
+            "peak_memory_gib": allocated / (1 << 30),
+            "peak_reserved_gib": reserved / (1 << 30),
+            "peak_process_gib": process,
+        }
+    largest = torch.tensor(list(peaks.values()), device=device, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
+    return dict(zip(peaks, largest.tolist(), strict=True))
 
 
 class Window:
@@ -61,16 +72,21 @@ class Window:
         times = {
             **self._times,
             "window_s": time.perf_counter() - self._start,
-            "peak_memory_gib": peak_memory_gib(self._device),
+            **peak_memory(self._device),
         }
-        self._sums = {}
-        self.skip_time()
+        self._sums, self._times = {}, {}
+        self._start = time.perf_counter()
         return sums, times
 
-    def skip_time(self) -> None:
-        """Keep what was just done (validation, a checkpoint) out of the times."""
-        self._times = {}
-        self._start = time.perf_counter()
+    @contextmanager
+    def outside(self, name: str | None = None) -> Iterator[None]:
+        """Keep what is done here (validation, a checkpoint) out of the window's time, and count it under `name`."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._start += seconds
+        if name is not None:
+            self._times[name] = self._times.get(name, 0.0) + seconds
 
     def state(self) -> dict[str, Any]:
         """This rank's unfinished sums as JSON, so that a resumed run logs what an uninterrupted one would."""

@@ -24,7 +24,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def model_states(rank: int, world_size: int, port: int, phase: str, precision: str, output: str) -> None:
     """One process of a run of tiny: bytes of its partitioned tensors, after an optimizer step."""
     torch.set_num_threads(1)
-    from launch.engine import build_engine, parameter_groups
+    from launch.engine import build_engine
+    from launch.optimizer import parameter_groups
     from launch.tasks import RQVAETask
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, run
 
-WALL_CLOCK = ("_s", "_per_s", "_gib")
+WALL_CLOCK = ("_s", "_per_s", "_gib", "_share")
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -239,8 +239,13 @@ def test_batch_arithmetic() -> None:
 def test_every_field_is_documented() -> None:
     import ast
 
-    tree = ast.parse((Path(__file__).parents[3] / "launch" / "config.py").read_text())
-    for model in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "RunConfig"):
+    launch = Path(__file__).parents[3] / "launch"
+    body = [
+        node
+        for name in ("config.py", "engine_config.py")
+        for node in ast.parse((launch / name).read_text()).body
+    ]
+    for model in (node for node in body if isinstance(node, ast.ClassDef) and node.name != "RunConfig"):
         for field, following in zip(model.body, [*model.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
@@ -278,7 +283,7 @@ def test_streams_are_shared_out_equally() -> None:
 
 
 def test_a_run_is_the_same_wherever_its_shards_are_streamed_from() -> None:
-    from launch.checkpoints import run_hash
+    from launch.resume import run_hash
 
     def hash_with(*overrides: str) -> str:
         return run_hash(load_config(TINY, "rqvae", overrides), "fp32")

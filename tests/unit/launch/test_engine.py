@@ -12,13 +12,13 @@ from torch import nn
 
 from launch.config import TrainConfig
 from launch.engine import (
-    learning_rate_factor,
     on_all_ranks,
-    parameter_groups,
     recompute_activations,
     resolve_precision,
 )
+from launch.optimizer import create_optimizer, learning_rate_factor, parameter_groups
 from rqvae import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
+from rqvae.layers import LinearHead
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
@@ -62,6 +62,28 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
     }
     assert by_name["new_no_decay"]["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in groups) == 5
+
+
+def test_muon_takes_the_matrices_of_hidden_layers_only() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(5, 4),
+            "hidden": nn.Linear(4, 4),
+            "head": LinearHead(4, 5),
+            "conv": nn.Conv1d(4, 4, 1),
+        }
+    )
+    train = TrainConfig(optimizer="muon", muon_learning_rate=0.02, learning_rate=3e-4, gradient_clipping=0)
+    groups = {group["name"]: group for group in parameter_groups(model, (), train)}
+    assert groups["new_muon"]["params"] == [model["hidden"].weight]
+    assert groups["new_muon"]["weight_decay"] == train.weight_decay
+    assert {id(p) for p in groups["new"]["params"]} == {id(model["head"].weight), id(model["conv"].weight)}
+    optimizer = create_optimizer(list(groups.values()), train)
+    by_name = {group["name"]: group for group in optimizer.param_groups}
+    assert (by_name["new_muon"]["lr"], by_name["new"]["lr"]) == (0.02, 3e-4)
+    assert by_name["new_muon"]["use_muon"]
+    assert model["hidden"].weight.use_muon
+    assert not model["head"].weight.use_muon
 
 
 ARCHITECTURE = {
@@ -126,21 +148,6 @@ def test_precision_without_bf16_hardware_warns(monkeypatch: pytest.MonkeyPatch) 
     assert resolve_precision("bf16") == "bf16"
     monkeypatch.setattr("launch.engine.multiplies_bf16", lambda: True)
     assert resolve_precision("auto") == "bf16"
-
-
-def test_only_finite_losses_reach_the_optimizer(tmp_path: object) -> None:
-    from launch.engine import start_process_group
-    from launch.stop import agree
-
-    start_process_group()
-    try:
-        samples = torch.tensor([3, 4])
-        assert agree(torch.tensor(1.0, dtype=torch.float64), None, 5, 0, samples) is None
-        assert agree(torch.tensor(1.0, dtype=torch.float64), "SIGTERM", 5, 0, samples) == "SIGTERM"
-        with pytest.raises(FloatingPointError, match=r"step 5 .* samples \[3, 4\]"):
-            agree(torch.tensor(float("nan"), dtype=torch.float64), None, 5, 0, samples)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_one_rank_s_mistake_is_everybody_s(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from launch import generate, tasks
 from launch.benchmark import benchmark_inference
 from launch.config import BenchmarkConfig, EvaluationConfig, RunConfig, load_config
 from launch.dry_run import dry_run
-from launch.engine import parameter_groups
 from launch.eval import evaluate
 from launch.latent_model import describe_match, latent_model_config
+from launch.optimizer import parameter_groups
 from launch.paths import codes_directory
 from rqvae import RQVAE, BaseLM, FlatTransformer, LatentModel, RQTransformer, load_latent_model
 from tests.integration.conftest import NANO, write_corpus

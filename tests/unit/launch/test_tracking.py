@@ -171,3 +171,17 @@ def transaction_log(path: Path) -> Iterator[Any]:
         if kind in (1, 4):  # a full record, or the last part of one
             yield Record.FromString(parts)
             parts = b""
+
+
+@pytest.mark.usefixtures("no_login")
+def test_code_counts_are_kept_and_mirrored_in_at_most_512_bins(tmp_path: Path) -> None:
+    counts = [[1] * 1000, [0, 5, 2]]
+    with Tracker(tmp_path, config("offline"), "rqvae", rank=0) as tracker:
+        tracker.log_code_counts(200, counts)
+    kept = json.loads((tmp_path / "code_counts/step-00000200.json").read_text())
+    assert kept == {"step": 200, "counts": counts}
+    wandb.teardown()
+    (segment,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (row,) = [history(r) for r in transaction_log(segment) if r.WhichOneof("record_type") == "history"]
+    assert row["validation/codes_0.values"] == [2] * 500
+    assert row["validation/codes_1.values"] == [0, 5, 2]
