@@ -177,7 +177,8 @@ def to_universal(source: Path, destination: Path) -> None:
     }
     save_file(rest, partial / "not_universal.safetensors")
     for name, shape in state.shapes.items():
-        saved = torch.load(partial / "zero" / name / "fp32.pt", weights_only=False)["param"]
+        content = torch.load(partial / "zero" / name / "fp32.pt", mmap=True, weights_only=True)
+        saved = content["param"] if isinstance(content, dict) else content  # a bare tensor under ZeRO-3
         if not torch.equal(saved.view(shape), state.tensor(name)):
             raise RuntimeError(f"'{name}' reads back with other values than were converted")
     partial.replace(destination)
