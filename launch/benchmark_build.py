@@ -54,11 +54,12 @@ def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[s
             DATASETS: lambda: _run_datasets(root, shape),
         }
         missing = []
+        version = None
         try:
+            _run_datatrove(root, shape)  # it says what it lacks only when it is used
             version = metadata.version("datatrove")
             runs[DATATROVE] = lambda: _run_datatrove(root, shape)
-        except metadata.PackageNotFoundError as error:
-            version = None
+        except ImportError as error:
             missing.append(
                 {"name": DATATROVE, "reason": str(error), "install": "pip install -e .[benchmark-data]"}
             )
