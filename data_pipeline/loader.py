@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ from data_pipeline.errors import CorruptShardError, FingerprintMismatchError
 from data_pipeline.mixture import MixtureDataset
 from data_pipeline.order import EpochOrder, MixtureOrder, Shuffle
 from data_pipeline.read_ahead import Request, read_in_processes, read_in_threads, read_inline
-from data_pipeline.replacement import Dataset, OnCorrupt, Replaced, SampleReader
+from data_pipeline.replacement import Dataset, OnCorrupt, Replaced, SampleReader, StepResult
 
+_SAMPLES_AT_A_TIME = 64
+"""Samples that are read together, of several steps where these are small: a read costs as much as eight of them."""
 _ORDER_BLOCK = 4096
 """Positions of the order computed at a time: one call for each step would cost more than the reads."""
 
@@ -102,7 +105,9 @@ class StepLoader:
         self._sum_over_ranks = sum_over_ranks
         self._warned: set[int] = set()
         self._pin = torch.cuda.is_available()
-        self._results: Generator[tuple[Batch, list[Replaced]]] | None = None
+        self._steps_at_a_time = max(1, _SAMPLES_AT_A_TIME // self._per_rank)
+        self._results: Generator[tuple[StepResult, ...]] | None = None
+        self._ready: deque[StepResult] = deque()
         self._failure: Exception | None = None
 
     def indices(self, step: int) -> NDArray[np.int64]:
@@ -122,20 +127,21 @@ class StepLoader:
     def _requests(self) -> Iterator[Request]:
         step = self._next
         while True:
-            yield step, self.indices(step)
-            step += 1
+            steps = range(step, step + self._steps_at_a_time)
+            yield step, np.stack([self.indices(each) for each in steps])
+            step = steps.stop
 
-    def _start(self) -> Generator[tuple[Batch, list[Replaced]]]:
+    def _start(self) -> Generator[tuple[StepResult, ...]]:
         num_workers, kind = self._workers
         if num_workers and kind == "process":
-            return read_in_processes(self._read, self._requests(), num_workers)
+            return read_in_processes(self._read.read_steps, self._requests(), num_workers)
         if num_workers:
             return read_in_threads(self._read_pinned, self._requests(), num_workers)
         return read_inline(self._read_pinned, self._requests())
 
-    def _read_pinned(self, step: int, indices: NDArray[np.int64]) -> tuple[Batch, list[Replaced]]:
-        batch, replaced = self._read(step, indices)
-        return self._pinned(batch), replaced
+    def _read_pinned(self, step: int, indices: NDArray[np.int64]) -> tuple[StepResult, ...]:
+        results = self._read.read_steps(step, indices)
+        return tuple(r if isinstance(r, Exception) else (self._pinned(r[0]), r[1]) for r in results)
 
     def _pinned(self, batch: Batch) -> Batch:
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
@@ -149,7 +155,12 @@ class StepLoader:
         if self._results is None:
             self._results = self._start()
         try:
-            batch, replaced = next(self._results)
+            if not self._ready:
+                self._ready.extend(next(self._results))
+            result = self._ready.popleft()
+            if isinstance(result, Exception):
+                raise result
+            batch, replaced = result
             if self._counts_damage:
                 self._count(replaced)
         except Exception as error:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch.utils.data
 from data_pipeline.errors import DataWorkerError
 
 Request = tuple[int, np.ndarray]
-"""A step and the indices of its samples."""
+"""A step, and the indices of its samples and of those of the steps after it."""
 Result = TypeVar("Result")
 _PREFETCH_PER_WORKER = 2
 
@@ -61,7 +62,7 @@ def read_in_processes(
         num_workers=num_workers,
         prefetch_factor=_PREFETCH_PER_WORKER,
         collate_fn=_unchanged,
-        worker_init_fn=_end_with_the_parent_only,
+        worker_init_fn=partial(_end_with_the_parent_only, os.getpid()),
         generator=torch.Generator(),  # its seed must not be drawn from the generator that training draws from
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # workers inherit it from their start
@@ -116,15 +117,19 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _end_with_the_parent_only(_: int) -> None:
-    """Leaves SIGTERM, which is blocked here, to the training process, unless it sends it.
+def _end_with_the_parent_only(parent: int, _: int) -> None:
+    """Leaves SIGTERM to the training process, unless it sends it, and ends within a second of its death.
 
     Slurm and torchrun send it to every process of a job, and training then still wants data for its last step.
+    torch's own watch for the parent is not enough: it waits for a batch to go through a pipe that nobody reads.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+    def watch() -> None:
+        while os.getppid() == parent:
+            received = signal.sigtimedwait({signal.SIGTERM}, 1)
+            if received is not None and received.si_pid == parent:
+                break
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_pipeline.dataset import Batch, Indices
 from data_pipeline.errors import CorruptShardError
 from data_pipeline.mixture import MixtureDataset
@@ -33,6 +36,10 @@ class Replaced(NamedTuple):
     by: int
     damage: str
     """What is wrong, naming the shard and the sample in it."""
+
+
+StepResult = tuple[Batch, list[Replaced]] | Exception
+"""A step's batch and what was replaced in it, or why it cannot be read."""
 
 
 class SampleReader:
@@ -65,6 +72,35 @@ class SampleReader:
                 sample = stand_in
             found.append(sample)
         return self._dataset.read(found), replaced
+
+    def read_steps(self, first_step: int, indices: NDArray[np.integer]) -> tuple[StepResult, ...]:
+        """Several steps at once: one read costs little more for many samples than for a few.
+
+        Args:
+            first_step: of the steps, which follow each other.
+            indices: [steps, B].
+
+        Returns:
+            What calling with each step gives, up to the first error, which stands in its step's place.
+        """
+        try:
+            batch = self._dataset.read(indices.reshape(-1))
+        except Exception:  # found again where it belongs
+            return self._one_by_one(first_step, indices)
+        split = {name: tensor.chunk(len(indices)) for name, tensor in batch.items()}
+        return tuple(
+            ({name: parts[place] for name, parts in split.items()}, []) for place in range(len(indices))
+        )
+
+    def _one_by_one(self, first_step: int, indices: NDArray[np.integer]) -> tuple[StepResult, ...]:
+        results: list[StepResult] = []
+        for step, row in enumerate(indices, first_step):
+            try:
+                results.append(self(step, row))
+            except Exception as error:
+                results.append(error)
+                break
+        return tuple(results)
 
     def _damage(self, sample: int) -> CorruptShardError | None:
         try:
