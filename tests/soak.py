@@ -27,21 +27,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, run, write_corpus
+from tests.integration.conftest import (
+    NANO,
+    REPOSITORY,
+    command_environment,
+    launcher,
+    records,
+    run,
+    write_corpus,
+)
 
-WALL_CLOCK = ("_s", "_per_s", "_gib")
 TARGETS = ("one rank", "all ranks", "launcher")
 MOMENTS = ("step", "evaluation", "checkpoint", "phase switch", "start")
 STEPS, FROZEN_STEPS, EVAL_EVERY = 40, 15, 10
 PATIENCE_S = 300.0
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what depends on the wall clock; half a line at the end is left out."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return [{key: value for key, value in line.items() if not key.endswith(WALL_CLOCK)} for line in lines]
 
 
 def complete_steps(root: Path) -> list[int]:
@@ -80,9 +79,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def command_of(pid: int) -> list[str]:
-    """Words of a process's command line; empty if it is gone."""
+    """Words of a process's command line; empty if it has ended, whether or not anybody has asked after it."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
     except OSError:
         return []
 
@@ -90,6 +89,21 @@ def command_of(pid: int) -> list[str]:
 def is_rank(pid: int) -> bool:
     """A training process, not a launcher with its script among the arguments."""
     return "launch/train.py" in command_of(pid)[:4]
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """Of processes whose launcher was killed: until then they may still be at a checkpoint, whatever comes next.
+
+    Raises:
+        AssertionError: some outlive it; they are killed.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while alive := [pid for pid in pids if command_of(pid)]:
+        if time.monotonic() > deadline:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"processes that outlive their launcher or another rank: {alive}")
+        time.sleep(0.01)
 
 
 def remove_shared_memory(port: str) -> None:
@@ -190,16 +204,16 @@ class Soak:
         return any(line["step"] % EVAL_EVERY >= EVAL_EVERY - 1 for line in new)
 
     def _kill(self, pid: int, target: str) -> bool:
-        ranks = [child for child in descendants(pid) if is_rank(child)]
-        launchers = [
-            pid,
-            *(child for child in descendants(pid) if "deepspeed.launcher.launch" in command_of(child)),
-        ]
+        below = descendants(pid)
+        ranks = [child for child in below if is_rank(child)]
+        launchers = [pid, *(child for child in below if "deepspeed.launcher.launch" in command_of(child))]
         victims = {"one rank": self._draw.sample(ranks, min(1, len(ranks))), "all ranks": ranks}.get(
             target, [self._draw.choice(launchers)]
         )
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
+        if victims:
+            wait_for_end(below)
         return bool(victims)
 
 

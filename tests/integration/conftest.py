@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NANO = Path(__file__).with_name("nano.yaml")
+WALL_CLOCK = ("_s", "_per_s", "_gib", "_share", "_utilisation")
+"""Ends of the names of metrics that no two runs have in common."""
 
 _SUBJECTS = ["The river", "A small engine", "The old harbour", "Every winter storm", "The second reader"]
 _VERBS = ["carries", "remembers", "follows", "repairs", "measures", "forgets"]
@@ -74,6 +77,15 @@ def run(command: list[str], timeout_s: float = 300) -> subprocess.CompletedProce
         timeout=timeout_s,
         check=False,
     )
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the wall clock; none if there is no file yet.
+
+    Half a line at the end, of a process that is writing or was killed, is left out.
+    """
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [{key: value for key, value in line.items() if not key.endswith(WALL_CLOCK)} for line in lines]
 
 
 @pytest.fixture(scope="session")
