@@ -107,7 +107,7 @@ def wait_for_end(pids: list[int]) -> None:
 
 
 def remove_shared_memory(port: str) -> None:
-    """DeepSpeed's buffers of a start, 66 MB a rank, which killed ranks leave behind."""
+    """DeepSpeed's buffers of a start, 66 MB a rank, where a rank was killed before all had opened them."""
     for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         file.unlink(missing_ok=True)
 
@@ -125,7 +125,11 @@ class Soak:
         self.root, self._data, self._draw = root, data, random.Random(seed)
         self.kills: Counter[tuple[str, str]] = Counter()
         self.starts = 0
-        whole = run(self._command("whole"), timeout_s=900)
+        # A copy, because nothing may change in the hour that this takes: every start reads the program anew.
+        self._program = root / "program"
+        for package in ("launch", "rqvae", "data_pipeline"):
+            shutil.copytree(REPOSITORY / package, self._program / package)
+        whole = run(self._command("whole"), timeout_s=900, program=self._program)
         assert whole.returncode == 0, whole.stdout + whole.stderr
         self.expected = records(root / "whole/rqvae/metrics.jsonl")
         assert self.expected[-1]["step"] == STEPS
@@ -146,7 +150,11 @@ class Soak:
             command = self._command(name)
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    command, cwd=REPOSITORY, env=command_environment(), stdout=file, stderr=file
+                    command,
+                    cwd=self._program,
+                    env=command_environment(self._program),
+                    stdout=file,
+                    stderr=file,
                 )
                 self.starts += 1
                 if self.kills.total() < kills:

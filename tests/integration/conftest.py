@@ -41,9 +41,11 @@ def write_corpus(path: Path, num_documents: int) -> None:
             file.write(json.dumps({"id": f"document-{index}", "text": " ".join(sentences)}) + "\n")
 
 
-def command_environment() -> dict[str, str]:
-    """Environment of a command on two ranks and two cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_SILENT": "true"}
+def command_environment(program: Path = REPOSITORY) -> dict[str, str]:
+    """Environment of a command on two ranks and two cores, with the packages of `program`, whatever is installed."""
+    path = os.pathsep.join(filter(None, [str(program), os.environ.get("PYTHONPATH")]))
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_SILENT": "true", "PYTHONPATH": path}
+    return {**os.environ, **settings}
 
 
 def free_port() -> int:
@@ -66,12 +68,14 @@ def launcher(num_ranks: int) -> list[str]:
     ]
 
 
-def run(command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run to the end from the repository, output captured."""
+def run(
+    command: list[str], timeout_s: float = 300, program: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end from the repository, or another directory with its packages; output captured."""
     return subprocess.run(
         command,
-        cwd=REPOSITORY,
-        env=command_environment(),
+        cwd=program,
+        env=command_environment(program),
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -33,8 +33,9 @@ def test_killed_training_resumes_bitwise(tmp_path: Path, nano_data: list[str]) -
     # Killed after step 12 was logged and before step 15 was saved: it must go back to step 10.
     metrics = tmp_path / "cut/rqvae/metrics.jsonl"
     log = (tmp_path / "cut.log").open("w")
+    command = train_command(tmp_path, "cut", nano_data)
     process = subprocess.Popen(
-        train_command(tmp_path, "cut", nano_data),
+        command,
         cwd=REPOSITORY,
         env=command_environment(),
         stdout=log,
@@ -48,6 +49,8 @@ def test_killed_training_resumes_bitwise(tmp_path: Path, nano_data: list[str]) -
         assert time.monotonic() < deadline, "training did not get to step 12"
         time.sleep(0.02)
     kill_all(process)
+    port = command[command.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
     assert not (tmp_path / "cut/rqvae/checkpoints/step-00000020/COMPLETE.json").exists()
 
     resumed = run(train_command(tmp_path, "cut", nano_data))

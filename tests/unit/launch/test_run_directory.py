@@ -160,11 +160,21 @@ def test_ranks_end_whose_launcher_was_killed_while_they_were_importing(tmp_path:
         process.kill()
         process.wait(timeout=10)
     imported.touch()
-    command = Path(f"/proc/{started.read_text()}/cmdline")
-    wait_for(lambda: beat.exists() or not command.exists() or not command.read_bytes())
-    assert beat.exists() != killed
-    process.kill()  # if it is not dead yet
-    process.wait(timeout=10)
+    own = int(started.read_text())
+    try:
+        wait_for(lambda: beat.exists() or not command_line(own))
+        assert beat.exists() != killed
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        if command_line(own):
+            os.kill(own, signal.SIGKILL)
+
+
+def command_line(pid: int) -> bytes:
+    """Empty for a process that has ended."""
+    file = Path(f"/proc/{pid}/cmdline")
+    return file.read_bytes() if file.exists() else b""
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
