@@ -53,6 +53,13 @@ def start_process_group() -> tuple[int, int, torch.device]:
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if not on_gpu:
+        # DeepSpeed's collectives on a CPU have a buffer of 66 MiB per rank and port, in memory for good unless it is
+        # removed. Once all have opened it nobody needs its name, and even `kill -9` leaves nothing behind.
+        dist.barrier()
+        names = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
+        shared = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *names])
+        Path("/dev/shm", shared).unlink(missing_ok=True)  # noqa: S108
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -60,10 +67,6 @@ def stop_process_group() -> None:
     """Leave together, so that no rank tears the connection down under another."""
     dist.barrier()
     dist.destroy_process_group()
-    # DeepSpeed's collectives on a CPU leave their buffer behind: 66 MiB of memory per rank and port, for good.
-    names = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")]
-    shared = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *names])
-    Path("/dev/shm", shared).unlink(missing_ok=True)  # noqa: S108
 
 
 def on_all_ranks(action: Callable[[], Result]) -> Result:

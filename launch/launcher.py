@@ -29,8 +29,10 @@ def die_with_launcher() -> None:
     if not any(name in os.environ for name in _SET_BY_LAUNCHERS) or sys.platform != "linux":
         return
     launchers = _launchers_above(os.getpid())
-    if not launchers:
-        # It died while this process was still importing.
+    if not launchers or _has_lost_its_own(launchers[-1]):
+        print(
+            "ends, because its launcher has ended", file=sys.stderr, flush=True
+        )  # while this one was importing
         os.kill(os.getpid(), signal.SIGKILL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
@@ -54,11 +56,31 @@ def _launchers_above(pid: int) -> list[int]:
     """The unbroken line of launchers above a process, nearest first."""
     found: list[int] = []
     while True:
-        status = Path(f"/proc/{pid}/stat").read_text()
-        pid = int(status.rpartition(")")[2].split()[1])  # the name in parentheses may hold anything
-        if pid == 0 or not _is_launcher(Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")):
+        pid, _ = _parent_and_session(pid)
+        if pid == 0 or not _is_launcher(_command(pid)):
             return found
         found.append(pid)
+
+
+def _has_lost_its_own(launcher: int) -> bool:
+    """Whether it is the lower process of `deepspeed` and the upper one, which started it, is no more.
+
+    It then has another parent, outside of the session that both were in.
+    """
+    if "deepspeed.launcher.launch" not in _command(launcher).split("\0"):
+        return False
+    parent, session = _parent_and_session(launcher)
+    return parent == 1 or (parent != 0 and session not in (launcher, _parent_and_session(parent)[1]))
+
+
+def _parent_and_session(pid: int) -> tuple[int, int]:
+    status = Path(f"/proc/{pid}/stat").read_text()
+    fields = status.rpartition(")")[2].split()  # the name in parentheses may hold anything
+    return int(fields[1]), int(fields[3])
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
 
 
 def _is_launcher(command: str) -> bool:

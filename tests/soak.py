@@ -27,21 +27,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, run, write_corpus
+from tests.integration.conftest import (
+    NANO,
+    REPOSITORY,
+    command_environment,
+    launcher,
+    records,
+    run,
+    write_corpus,
+)
 
-WALL_CLOCK = ("_s", "_per_s", "_gib")
 TARGETS = ("one rank", "all ranks", "launcher")
 MOMENTS = ("step", "evaluation", "checkpoint", "phase switch", "start")
 STEPS, FROZEN_STEPS, EVAL_EVERY = 40, 15, 10
 PATIENCE_S = 300.0
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what depends on the wall clock; half a line at the end is left out."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return [{key: value for key, value in line.items() if not key.endswith(WALL_CLOCK)} for line in lines]
 
 
 def complete_steps(root: Path) -> list[int]:
@@ -80,9 +79,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def command_of(pid: int) -> list[str]:
-    """Words of a process's command line; empty if it is gone."""
+    """Words of a process's command line; empty if it has ended, whether or not anybody has asked after it."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
     except OSError:
         return []
 
@@ -92,8 +91,23 @@ def is_rank(pid: int) -> bool:
     return "launch/train.py" in command_of(pid)[:4]
 
 
+def wait_for_end(pids: list[int]) -> None:
+    """Of processes whose launcher was killed: until then they may still be at a checkpoint, whatever comes next.
+
+    Raises:
+        AssertionError: some outlive it; they are killed.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while alive := [pid for pid in pids if command_of(pid)]:
+        if time.monotonic() > deadline:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"processes that outlive their launcher or another rank: {alive}")
+        time.sleep(0.01)
+
+
 def remove_shared_memory(port: str) -> None:
-    """DeepSpeed's buffers of a start, 66 MB a rank, which killed ranks leave behind."""
+    """DeepSpeed's buffers of a start, 66 MB a rank, where a rank was killed before all had opened them."""
     for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         file.unlink(missing_ok=True)
 
@@ -111,7 +125,11 @@ class Soak:
         self.root, self._data, self._draw = root, data, random.Random(seed)
         self.kills: Counter[tuple[str, str]] = Counter()
         self.starts = 0
-        whole = run(self._command("whole"), timeout_s=900)
+        # A copy, because nothing may change in the hour that this takes: every start reads the program anew.
+        self._program = root / "program"
+        for package in ("launch", "rqvae", "data_pipeline"):
+            shutil.copytree(REPOSITORY / package, self._program / package)
+        whole = run(self._command("whole"), timeout_s=900, program=self._program)
         assert whole.returncode == 0, whole.stdout + whole.stderr
         self.expected = records(root / "whole/rqvae/metrics.jsonl")
         assert self.expected[-1]["step"] == STEPS
@@ -132,7 +150,11 @@ class Soak:
             command = self._command(name)
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    command, cwd=REPOSITORY, env=command_environment(), stdout=file, stderr=file
+                    command,
+                    cwd=self._program,
+                    env=command_environment(self._program),
+                    stdout=file,
+                    stderr=file,
                 )
                 self.starts += 1
                 if self.kills.total() < kills:
@@ -190,16 +212,16 @@ class Soak:
         return any(line["step"] % EVAL_EVERY >= EVAL_EVERY - 1 for line in new)
 
     def _kill(self, pid: int, target: str) -> bool:
-        ranks = [child for child in descendants(pid) if is_rank(child)]
-        launchers = [
-            pid,
-            *(child for child in descendants(pid) if "deepspeed.launcher.launch" in command_of(child)),
-        ]
+        below = descendants(pid)
+        ranks = [child for child in below if is_rank(child)]
+        launchers = [pid, *(child for child in below if "deepspeed.launcher.launch" in command_of(child))]
         victims = {"one rank": self._draw.sample(ranks, min(1, len(ranks))), "all ranks": ranks}.get(
             target, [self._draw.choice(launchers)]
         )
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
+        if victims:
+            wait_for_end(below)
         return bool(victims)
 
 

@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NANO = Path(__file__).with_name("nano.yaml")
+WALL_CLOCK = ("_s", "_per_s", "_gib", "_share", "_utilisation")
+"""Ends of the names of metrics that no two runs have in common."""
 
 _SUBJECTS = ["The river", "A small engine", "The old harbour", "Every winter storm", "The second reader"]
 _VERBS = ["carries", "remembers", "follows", "repairs", "measures", "forgets"]
@@ -38,9 +41,11 @@ def write_corpus(path: Path, num_documents: int) -> None:
             file.write(json.dumps({"id": f"document-{index}", "text": " ".join(sentences)}) + "\n")
 
 
-def command_environment() -> dict[str, str]:
-    """Environment of a command on two ranks and two cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_SILENT": "true"}
+def command_environment(program: Path = REPOSITORY) -> dict[str, str]:
+    """Environment of a command on two ranks and two cores, with the packages of `program`, whatever is installed."""
+    path = os.pathsep.join(filter(None, [str(program), os.environ.get("PYTHONPATH")]))
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_SILENT": "true", "PYTHONPATH": path}
+    return {**os.environ, **settings}
 
 
 def free_port() -> int:
@@ -63,17 +68,28 @@ def launcher(num_ranks: int) -> list[str]:
     ]
 
 
-def run(command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run to the end from the repository, output captured."""
+def run(
+    command: list[str], timeout_s: float = 300, program: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end from the repository, or another directory with its packages; output captured."""
     return subprocess.run(
         command,
-        cwd=REPOSITORY,
-        env=command_environment(),
+        cwd=program,
+        env=command_environment(program),
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
     )
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the wall clock; none if there is no file yet.
+
+    Half a line at the end, of a process that is writing or was killed, is left out.
+    """
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [{key: value for key, value in line.items() if not key.endswith(WALL_CLOCK)} for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.conftest import NANO, REPOSITORY, launcher, run
+from tests.integration.conftest import NANO, REPOSITORY, launcher, records, run
 
 pytestmark = pytest.mark.slow
-
-CLOCK = ("_s", "_per_s", "_gib", "_share")
 
 
 def train(tmp_path: Path, name: str, data: list[str], *options: str) -> list[dict[str, Any]]:
@@ -21,8 +18,7 @@ def train(tmp_path: Path, name: str, data: list[str], *options: str) -> list[dic
     settings = ["--config", str(NANO), "--stage", "rqvae", f"name={name}", f"run_root={tmp_path}"]
     result = run([*launcher(2), *settings, "tracking.wandb=disabled", *data, *options], timeout_s=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = (tmp_path / name / "rqvae/metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith(CLOCK)} for line in lines]
+    return records(tmp_path / name / "rqvae/metrics.jsonl")
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
-from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, run
-
-WALL_CLOCK = ("_s", "_per_s", "_gib", "_share")
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what depends on the wall clock."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith(WALL_CLOCK)} for line in lines]
+from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, records, run
 
 
 def train_command(run_root: Path, name: str, overrides: list[str]) -> list[str]:
@@ -43,8 +33,9 @@ def test_killed_training_resumes_bitwise(tmp_path: Path, nano_data: list[str]) -
     # Killed after step 12 was logged and before step 15 was saved: it must go back to step 10.
     metrics = tmp_path / "cut/rqvae/metrics.jsonl"
     log = (tmp_path / "cut.log").open("w")
+    command = train_command(tmp_path, "cut", nano_data)
     process = subprocess.Popen(
-        train_command(tmp_path, "cut", nano_data),
+        command,
         cwd=REPOSITORY,
         env=command_environment(),
         stdout=log,
@@ -53,11 +44,13 @@ def test_killed_training_resumes_bitwise(tmp_path: Path, nano_data: list[str]) -
         start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while not (metrics.exists() and any(line["step"] >= 12 for line in records(metrics))):
+    while not any(line["step"] >= 12 for line in records(metrics)):
         assert process.poll() is None, (tmp_path / "cut.log").read_text()
         assert time.monotonic() < deadline, "training did not get to step 12"
         time.sleep(0.02)
     kill_all(process)
+    port = command[command.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
     assert not (tmp_path / "cut/rqvae/checkpoints/step-00000020/COMPLETE.json").exists()
 
     resumed = run(train_command(tmp_path, "cut", nano_data))

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch import run_status
-from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, run
-from tests.soak import command_of, complete_steps, descendants, is_rank, records
+from tests.integration.conftest import NANO, REPOSITORY, command_environment, launcher, records, run
+from tests.soak import command_of, complete_steps, descendants, is_rank
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [

@@ -7,8 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.integration.conftest import NANO, run
-from tests.integration.test_resume import records
+from tests.integration.conftest import NANO, records, run
 
 
 def test_streamed_training_resumes_bitwise_from_another_place(tmp_path: Path, nano_data: list[str]) -> None:

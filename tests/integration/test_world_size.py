@@ -41,6 +41,7 @@ def build(stage: int, phase_name: str, precision: Any) -> tuple[Any, Any, Any]:
     from launch import engine as engines
     from launch import tasks
     from launch.config import load_config
+    from launch.optimizer import parameter_groups
 
     overrides = [f"train.zero_stage={stage}", f"train.global_batch_size={BATCH}", "train.micro_batch_size=1"]
     config = load_config(NANO, stage="rqvae", overrides=[*overrides, "train.quantizer_warmup_steps=0"])
@@ -49,7 +50,7 @@ def build(stage: int, phase_name: str, precision: Any) -> tuple[Any, Any, Any]:
     model = task.create_model()
     phase = next(phase for phase in task.phases() if phase.name == phase_name)
     task.set_phase(model, phase)
-    groups = engines.parameter_groups(model, task.backbone_parameters(model), config.train)
+    groups = parameter_groups(model, task.backbone_parameters(model), config.train)
     return task, config, engines.build_engine(model, groups, config.train, precision)
 
 

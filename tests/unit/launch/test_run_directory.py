@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,61 @@ def test_ranks_die_with_any_launcher_above_them(tmp_path: Path, killed: str) -> 
     last = beat.read_text()
     time.sleep(0.3)
     assert beat.read_text() == last
+
+
+IMPORTING = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[2]).write_text(str(os.getpid()))
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "alive"])
+def test_ranks_end_whose_launcher_was_killed_while_they_were_importing(tmp_path: Path, killed: bool) -> None:
+    """The upper process of `deepspeed` is then no longer above them, and the lower one is."""
+    upper, lower = tmp_path / "bin/deepspeed", tmp_path / "deepspeed/launcher/launch.py"
+    rank = tmp_path / "rank.py"
+    for directory in (upper.parent, lower.parent):
+        directory.mkdir(parents=True)
+    for package in (lower.parent.parent, lower.parent):
+        (package / "__init__.py").touch()  # found before the real one
+    upper.write_text(LAUNCHER)
+    lower.write_text(LAUNCHER)
+    rank.write_text(IMPORTING + RANK)
+    beat, started, imported = (tmp_path / name for name in ("beat", "started", "imported"))
+    environment = {**os.environ, "CROSS_RANK": "0", "PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen(
+        [sys.executable, upper, "-m", "deepspeed.launcher.launch", rank, beat, started, imported],
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    wait_for(lambda: started.exists() and started.read_text() != "")
+    if killed:
+        process.kill()
+        process.wait(timeout=10)
+    imported.touch()
+    own = int(started.read_text())
+    try:
+        wait_for(lambda: beat.exists() or not command_line(own))
+        assert beat.exists() != killed
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        if command_line(own):
+            os.kill(own, signal.SIGKILL)
+
+
+def command_line(pid: int) -> bytes:
+    """Empty for a process that has ended."""
+    file = Path(f"/proc/{pid}/cmdline")
+    return file.read_bytes() if file.exists() else b""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
