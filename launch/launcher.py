@@ -53,13 +53,14 @@ def _watch(descriptors: list[int]) -> None:
 
 
 def _launchers_above(pid: int) -> list[int]:
-    """The unbroken line of launchers above a process, nearest first."""
+    """The launchers among a process's ancestors, nearest first; a user's own wrapper may stand in between."""
     found: list[int] = []
     while True:
         pid, _ = _parent_and_session(pid)
-        if pid == 0 or not _is_launcher(_command(pid)):
+        if pid == 0:
             return found
-        found.append(pid)
+        if _is_launcher(_command(pid)):
+            found.append(pid)
 
 
 def _has_lost_its_own(launcher: int) -> bool:
