@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch import run_status
 from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory, project_directory, run_directory
 from launch.report_data import read_report
@@ -39,6 +40,8 @@ class Step:
     outputs: list[Path]
     threads: int | None = None
     """OMP_NUM_THREADS of each process; None leaves it alone."""
+    run_directory: Path | None = None
+    """Of training, whose STATUS has the last word: `deepspeed` exits with 0 when a signal ended its lower process."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +119,7 @@ def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> lis
                 [Path(path), manifest, *inputs],
                 [directory / "checkpoints", directory / "metrics.jsonl"],
                 threads,
+                directory,
             ),
             Step(
                 f"convert-{stage}",
@@ -205,11 +209,17 @@ def remove_outputs(step: Step, project: Path) -> None:
 
 
 def run(step: Step) -> int:
-    """Run the command from the repository; returns its exit status."""
+    """Run the command from the repository; returns its exit status, or 1 if training does not say it is done."""
     environment = dict(os.environ)
     if step.threads is not None:
         environment["OMP_NUM_THREADS"] = str(step.threads)
-    return subprocess.run(step.command, cwd=REPOSITORY, env=environment, check=False).returncode
+    directory = None if step.run_directory is None else REPOSITORY / step.run_directory
+    if directory is not None:
+        (directory / run_status.FILE).unlink(missing_ok=True)  # what it says of an earlier start
+    status = subprocess.run(step.command, cwd=REPOSITORY, env=environment, check=False).returncode
+    if status == 0 and directory is not None:
+        return int(run_status.read(directory).get("state") != "finished")
+    return status
 
 
 def is_done(step: Step, record: Path) -> bool:

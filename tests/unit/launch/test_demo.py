@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from launch import demo
+from launch import demo, run_status
 from launch.report_data import read_report, update_report
 
 
@@ -57,3 +58,17 @@ def test_report_keeps_the_keys_of_others(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         read_report(path)
+
+
+def test_training_is_done_when_it_says_so_itself(tmp_path: Path) -> None:
+    """`deepspeed` exits with 0 when `kill -9` ended its lower process."""
+    says = "from pathlib import Path; from launch import run_status; run_status"
+
+    def run(code: str) -> int:
+        return demo.run(demo.Step("train", [sys.executable, "-c", code], [], [], run_directory=tmp_path))
+
+    assert run(f"{says}.finished(Path('{tmp_path}'), 9)") == 0
+    assert run(f"{says}.running(Path('{tmp_path}'))") == 1
+    run_status.finished(tmp_path, 9)  # an earlier start
+    assert run("") == 1
+    assert run("raise SystemExit(3)") == 3
