@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import sys
 import warnings
@@ -12,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import PreTrainedModel
 
 # DeepSpeed picks its accelerator on import.
@@ -19,8 +22,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # It compiles its operators with the `ninja` installed beside this interpreter, activated environment or not.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+# Where it keeps them, one place for each environment: two in turns would compile them anew each time.
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR",
+    f"{get_default_build_root()}/rqvae-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}",
+)
 
 import deepspeed
+from deepspeed.comm.torch import build_shm_op
 
 from launch.config import TrainConfig
 from launch.deepspeed_config import deepspeed_config
@@ -49,6 +58,8 @@ def start_process_group() -> tuple[int, int, torch.device]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        build_shared_memory_operator()
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
@@ -61,6 +72,20 @@ def start_process_group() -> tuple[int, int, torch.device]:
         shared = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *names])
         Path("/dev/shm", shared).unlink(missing_ok=True)  # noqa: S108
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def build_shared_memory_operator() -> None:
+    """Compile DeepSpeed's collectives for a CPU, if that is to be done, one process of this machine at a time.
+
+    A compilation that is killed leaves torch's lock file behind, and every later start would wait for it for
+    ever. The kernel's own lock goes with its process, so whoever holds that knows the file to be a left-over.
+    """
+    builds = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    builds.mkdir(parents=True, exist_ok=True)
+    with (builds / "building.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (builds / "deepspeed_shm_comm" / "lock").unlink(missing_ok=True)
+        build_shm_op()
 
 
 def stop_process_group() -> None:
