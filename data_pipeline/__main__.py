@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline.config import DataConfig
@@ -57,18 +57,22 @@ def _summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def _run_task(arguments: argparse.Namespace, config: DataConfig, task: Callable[..., None]) -> int:
+    """One task of several of the command that was given, and what follows."""
+    task(config, arguments.task_index, arguments.num_tasks, num_workers=arguments.num_workers or 1)
+    print(
+        f"task {arguments.task_index} of {arguments.num_tasks} is done; when all are: "
+        f"python -m data_pipeline {arguments.command} --config {arguments.config} --merge"
+    )
+    return 0
+
+
 def _build(arguments: argparse.Namespace) -> int:
     from data_pipeline import builder
 
     config = read_data_config(arguments.config, arguments.overrides)
     if arguments.task_index is not None:
-        workers = arguments.num_workers or 1
-        builder.build_task(config, arguments.task_index, arguments.num_tasks, num_workers=workers)
-        print(
-            f"task {arguments.task_index} of {arguments.num_tasks} is done; when all are: "
-            f"python -m data_pipeline build --config {arguments.config} --merge"
-        )
-        return 0
+        return _run_task(arguments, config, builder.build_task)
     if arguments.merge:
         manifest = builder.merge(config)
     else:
@@ -83,20 +87,13 @@ def _deduplicate(arguments: argparse.Namespace) -> int:
     from data_pipeline import builder
 
     config = read_data_config(arguments.config, arguments.overrides)
-    command = f"python -m data_pipeline {{}} --config {arguments.config}"
     if arguments.task_index is not None:
-        workers = arguments.num_workers or 1
-        builder.deduplicate_task(config, arguments.task_index, arguments.num_tasks, num_workers=workers)
-        print(
-            f"task {arguments.task_index} of {arguments.num_tasks} is done; when all are: "
-            f"{command.format('deduplicate')} --merge"
-        )
-        return 0
+        return _run_task(arguments, config, builder.deduplicate_task)
     if arguments.merge:
         builder.merge_duplicates(config)
     else:
         builder.deduplicate(config, num_workers=arguments.num_workers)
-    print(f"the duplicates are known; next: {command.format('build')}")
+    print(f"the duplicates are known; next: python -m data_pipeline build --config {arguments.config}")
     return 0
 
 

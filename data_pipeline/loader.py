@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.dataset import Batch
 from data_pipeline.errors import CorruptShardError, FingerprintMismatchError
 from data_pipeline.mixture import MixtureDataset
-from data_pipeline.order import EpochOrder, MixtureOrder, Shuffle
+from data_pipeline.order import EpochOrder, MixtureOrder, Shuffle, check_slice
 from data_pipeline.read_ahead import Request, read_in_processes, read_in_threads, read_inline
 from data_pipeline.replacement import Dataset, OnCorrupt, Replaced, SampleReader, StepResult
 
@@ -69,8 +69,7 @@ class StepLoader:
         max_replaced: int = 16,
         sum_over_ranks: Callable[[int], int] | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in a world of {world_size}")
+        check_slice(rank, world_size, start_step, num_workers)
         if global_batch_size <= 0 or global_batch_size % world_size:
             raise ValueError(
                 f"global_batch_size ({global_batch_size}) must be a multiple of the world size ({world_size})"
@@ -80,8 +79,6 @@ class StepLoader:
                 f"global_batch_size ({global_batch_size}) is larger than the dataset ({len(dataset)} "
                 "samples): use a smaller batch or more text"
             )
-        if start_step < 0 or num_workers < 0:
-            raise ValueError(f"start_step ({start_step}) and num_workers ({num_workers}) cannot be negative")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.seed = seed

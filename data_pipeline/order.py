@@ -92,3 +92,15 @@ class MixtureOrder:
         """The epoch that the source furthest ahead is in."""
         counts = self._interleave.counts(position)
         return max(order.epoch(count) for order, count in zip(self._orders, counts, strict=True))
+
+
+def check_slice(rank: int, world_size: int, start_step: int, num_workers: int) -> None:
+    """Refuses what no loader can make sense of.
+
+    Raises:
+        ValueError: the rank is out of range, or a number is negative.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a world of {world_size}")
+    if start_step < 0 or num_workers < 0:
+        raise ValueError(f"start_step ({start_step}) and num_workers ({num_workers}) cannot be negative")

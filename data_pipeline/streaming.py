@@ -17,6 +17,7 @@ from webdataset import filters
 
 from data_pipeline.dataset import Batch, TokenDataset, assemble
 from data_pipeline.errors import DatasetError, EmptySplitError, FingerprintMismatchError
+from data_pipeline.order import check_slice
 from data_pipeline.permutation import Permutation
 from data_pipeline.shard_stream import Piece, Sample, ShardStore, read_pieces
 
@@ -229,12 +230,9 @@ class StreamLoader:
         streams: int = 8,
         shuffle_buffer: int = 1024,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in a world of {world_size}")
+        check_slice(rank, world_size, start_step, num_workers)
         if streams % world_size:
             raise ValueError(f"streams ({streams}) must be a multiple of the world size ({world_size})")
-        if start_step < 0 or num_workers < 0:
-            raise ValueError(f"start_step ({start_step}) and num_workers ({num_workers}) cannot be negative")
         store = ShardStore(directory, split)
         self._order = StreamOrder(store, global_batch_size, seed, streams, shuffle_buffer)
         self.fingerprint = store.manifest.fingerprint

@@ -153,11 +153,7 @@ def recompute_activations(model: nn.Module) -> None:
 def build_engine(
     model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, precision: Literal["bf16", "fp32"]
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with the optimizer of the configuration.
-
-    Raises:
-        ValueError: the engine does not train exactly the parameters of `groups`.
-    """
+    """The model under DeepSpeed, with the optimizer of the configuration."""
     if train.activation_checkpointing:
         recompute_activations(model)
     engine, *_ = deepspeed.initialize(

@@ -30,9 +30,8 @@ def die_with_launcher() -> None:
         return
     launchers = _launchers_above(os.getpid())
     if not launchers or _has_lost_its_own(launchers[-1]):
-        print(
-            "ends, because its launcher has ended", file=sys.stderr, flush=True
-        )  # while this one was importing
+        # It died while this process was still importing.
+        print("ends, because its launcher has ended", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:

@@ -11,12 +11,12 @@ from rqvae.config import RQVAEConfig
 from rqvae.layers import (
     HeadOutput,
     LinearHead,
-    TransformerBlock,
     TransformerCache,
     causal_document_mask,
     document_mask,
     positions_in_documents,
 )
+from rqvae.refinement import build_refinement
 from rqvae.resample import ReferenceUpsample, Upsample
 
 
@@ -47,15 +47,7 @@ class TextDecoder(nn.Module):
         self.compression_factor = config.compression_factor
         self.is_causal = config.resample == "chunked"
         self.from_codebook = nn.Linear(config.codebook_dim, config.latent_dim)
-        self.refinement = TransformerBlock(
-            config.latent_dim,
-            config.num_latent_layers,
-            config.latent_head_dim,
-            8 / 3,
-            1e4,
-            has_norm=self.is_causal
-            or config.num_latent_layers > 0,  # the reference's layout has no lone norm
-        )
+        self.refinement = build_refinement(config)
         resample = Upsample if self.is_causal else ReferenceUpsample
         self.upsample = resample(config.latent_dim, architecture.hidden_size, config.compression_factor)
         self.norm = None

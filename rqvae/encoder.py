@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from rqvae.backbone import build_backbone, run_backbone
 from rqvae.config import RQVAEConfig
-from rqvae.layers import TransformerBlock, causal_document_mask, document_mask, positions_in_documents
+from rqvae.layers import causal_document_mask, document_mask, positions_in_documents
+from rqvae.refinement import build_refinement
 from rqvae.resample import Downsample, ReferenceDownsample
 
 
@@ -69,15 +70,7 @@ class TextEncoder(nn.Module):
         self.is_causal = config.resample == "chunked"
         resample = Downsample if self.is_causal else ReferenceDownsample
         self.downsample = resample(2 * hidden, config.latent_dim, config.compression_factor)
-        self.refinement = TransformerBlock(
-            config.latent_dim,
-            config.num_latent_layers,
-            config.latent_head_dim,
-            8 / 3,
-            1e4,
-            has_norm=self.is_causal
-            or config.num_latent_layers > 0,  # the reference's layout has no lone norm
-        )
+        self.refinement = build_refinement(config)
         self.to_codebook = nn.Linear(config.latent_dim, config.codebook_dim)
 
     def forward(self, input_ids: Tensor, document_ids: Tensor, hidden_tokens: Tensor | None = None) -> Tensor:

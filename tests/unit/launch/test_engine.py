@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,3 +174,21 @@ def _try_to_agree(rank: int, directory: str) -> None:
         said += f"; {error}"
     Path(directory, str(rank)).write_text(said)
     dist.destroy_process_group()
+
+
+def test_a_killed_compilation_does_not_hang_the_next_start(tmp_path: Path) -> None:
+    name = "deepspeed_shm_comm"
+    compiled = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name
+    if compiled.is_dir():  # spares compiling it again
+        shutil.copytree(compiled, tmp_path / name)
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "lock").touch()
+    result = subprocess.run(
+        [sys.executable, "-c", "from launch.engine import build_shared_memory_operator as build; build()"],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[3],
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0
+    assert not (tmp_path / name / "lock").exists()
