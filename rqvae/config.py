@@ -97,6 +97,9 @@ class QuantizerConfig(StrictModel):
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     """How the gradient passes the quantizer: copied, or turned and scaled with the vector (rotation trick,
     Fifty 2024)."""
+    beam_width: int = Field(default=1, gt=0)
+    """Partial sums kept from level to level in the search for a vector's codes (multi-path encoding, Liu 2015); 1 is
+    greedy. Wider finds nearer sums at as many times the cost of quantizing, and leaves decoding as it is."""
     level_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a training sample is decoded from a random number of its first levels only
     (Zeghidour 2021, section III.C: quantizer dropout)."""
@@ -120,6 +123,8 @@ class QuantizerConfig(StrictModel):
             raise ValueError("fsq_levels: needed with method fsq, and only there")
         if self.fsq_levels is not None and any(size < 2 for size in self.fsq_levels):
             raise ValueError("fsq_levels: every dimension needs at least 2 values")
+        if self.method == "fsq" and self.beam_width > 1:
+            raise ValueError("beam_width: the cells of method fsq's grids are nested, there is nothing to search")
         if self.method == "fsq" and self.shared_codebook:
             raise ValueError("shared_codebook: the grids of method fsq differ in scale by level")
         return self

@@ -396,6 +396,45 @@ class ResidualQuantizer(nn.Module):
             return latents
         return latents.to(torch.promote_types(latents.dtype, torch.float32)).tanh()
 
+    @torch.no_grad()
+    def search(self, vectors: Tensor) -> Tensor:
+        """Codes of the nearest sum of entries that a beam search finds (multi-path encoding: Babenko 2014, section 3;
+        Liu 2015, section 3.2).
+
+        Greedy choice is the best for its level, not for the sum. The `beam_width` best partial sums are kept from
+        level to level, and the last level's best is taken.
+
+        Args:
+            vectors: [N, E] in fp32 (or fp64).
+
+        Returns:
+            LongTensor [N, D].
+        """
+        width = self.config.beam_width
+        limit = BLOCK_DISTANCES["cpu" if vectors.device.type == "cpu" else "cuda"]
+        rows = max(1, limit // (width * max(self.codebook_sizes)))
+        found = [self._search_block(block, width) for block in vectors.split(rows)]
+        return torch.cat(found) if found else vectors.new_zeros(0, self.num_levels, dtype=torch.long)
+
+    def _search_block(self, vectors: Tensor, width: int) -> Tensor:
+        residuals = vectors[:, None]  # [N, beams, E]
+        codes = torch.zeros(len(vectors), 1, 0, dtype=torch.long, device=vectors.device)
+        for index in range(self.num_levels):
+            codebook = self.level(index).codebook
+            beams = residuals.shape[1]
+            # Half of the squared norm left after every code of every beam.
+            left = torch.addmm(
+                codebook.square().sum(1) / 2, residuals.flatten(0, 1), codebook.T, alpha=-1
+            ).view(len(vectors), beams, -1)
+            left = left + residuals.square().sum(2, keepdim=True) / 2
+            wanted = 1 if index == self.num_levels - 1 else width
+            best = left.flatten(1).topk(min(wanted, left[0].numel()), dim=1, largest=False).indices
+            beam, code = best // len(codebook), best % len(codebook)
+            row = torch.arange(len(vectors), device=vectors.device)[:, None]
+            residuals = residuals[row, beam] - codebook[code]
+            codes = torch.cat([codes[row, beam], code[..., None]], dim=2)
+        return codes[:, 0]
+
     def forward(
         self, latents: Tensor, mask: Tensor, kept_levels: Tensor | None = None
     ) -> ResidualQuantizerOutput:
@@ -419,9 +458,10 @@ class ResidualQuantizer(nn.Module):
         kept = total
         commitment = vectors.new_zeros(())
         codes, residuals, distortion = [], [], []
+        searched = self.search(residual) if self.config.beam_width > 1 else None
         for index in range(self.num_levels):
             level = self.level(index)
-            level_codes = level.quantize(residual)
+            level_codes = level.quantize(residual) if searched is None else searched[:, index]
             residuals.append(residual)
             codes.append(level_codes)
             total = total + level.embed(level_codes)

@@ -243,6 +243,43 @@ def test_all_levels_equal_brute_force_in_fp64_wherever_the_margin_is_above_round
     assert undecided.float().mean() < 1e-4
 
 
+def test_a_beam_that_keeps_everything_finds_the_nearest_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.BLOCK_DISTANCES, "cpu", 2000)  # more than one block
+    sizes = (6, 5, 4)
+    quantizer = make(sizes, beam_width=30).eval()
+    latents = torch.randn(2, 40, DIM)
+    every = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+    distances = (latents[:, :, None].double() - quantizer.embed(every).double()).square().sum(-1)
+    out = quantizer(latents, all_real(latents))
+    assert torch.equal(out.codes, every[distances.argmin(-1)])
+    assert not torch.equal(out.codes, make(sizes).eval()(latents, all_real(latents)).codes)
+    torch.testing.assert_close(out.distortion[-1].double(), distances.amin(-1).sum())
+
+
+def test_the_wider_the_beam_the_nearer_the_sum() -> None:
+    quantizer = make((16,) * 6).eval()
+    quantizer.initialize(torch.randn(1000, DIM), seed=0)
+    latents = torch.randn(4, 200, DIM)
+    distortion = []
+    for width in (1, 2, 8):
+        quantizer.config = QuantizerConfig(beam_width=width)
+        distortion.append(float(quantizer(latents, all_real(latents)).distortion[-1]))
+    assert distortion[1] < 0.9 * distortion[0] and distortion[2] < 0.8 * distortion[0]
+
+
+def test_a_beam_learns_from_the_residuals_of_the_sums_it_chose() -> None:
+    quantizer, latents = make((8, 8, 4), beam_width=4), torch.randn(2, 20, DIM)
+    codes = quantizer(latents, all_real(latents)).codes.flatten(0, 1)
+    codebooks = [level.codebook.clone() for level in quantizer.levels]
+    quantizer.update_codebook_ema(step=1, seed=0)
+    residual = latents.flatten(0, 1)
+    for index, level in enumerate(quantizer.levels):
+        counts, sums = sum_by_code(residual, codes[:, index], level.codebook_size)
+        torch.testing.assert_close(level.ema_cluster_size, 0.99 + 0.01 * counts)
+        torch.testing.assert_close(level.ema_embed_sum, 0.99 * codebooks[index] + 0.01 * sums)
+        residual = residual - codebooks[index][codes[:, index]]
+
+
 def test_embed_sums_the_levels_it_is_given() -> None:
     quantizer = make()
     codes = torch.randint(4, (2, 3, 3))
