@@ -124,7 +124,9 @@ class QuantizerConfig(StrictModel):
         if self.fsq_levels is not None and any(size < 2 for size in self.fsq_levels):
             raise ValueError("fsq_levels: every dimension needs at least 2 values")
         if self.method == "fsq" and self.beam_width > 1:
-            raise ValueError("beam_width: the cells of method fsq's grids are nested, there is nothing to search")
+            raise ValueError(
+                "beam_width: the cells of method fsq's grids are nested, there is nothing to search"
+            )
         if self.method == "fsq" and self.shared_codebook:
             raise ValueError("shared_codebook: the grids of method fsq differ in scale by level")
         return self
