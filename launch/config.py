@@ -137,6 +137,9 @@ class TrackingConfig(StrictModel):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one GPU (or rank) in the run's precision, for model FLOPs utilisation. Null: from a table of
     GPUs, in bf16; where that knows nothing, the utilisation is not logged."""
+    reconstructions: int = Field(default=4, ge=0)
+    """Validation samples whose reconstruction by the codec is kept at every validation, in the run directory's
+    `reconstructions/`. The mirror gets a table of them ten times a run at most."""
     entity: str | None = None
     """User or team that owns the project. Null: the login's default."""
 
