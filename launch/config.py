@@ -139,7 +139,7 @@ class TrackingConfig(StrictModel):
     GPUs, in bf16; where that knows nothing, the utilisation is not logged."""
     reconstructions: int = Field(default=4, ge=0)
     """Validation samples whose reconstruction by the codec is kept at every validation, in the run directory's
-    `reconstructions/`. The mirror gets a table of them ten times a run at most."""
+    `reconstructions/`. The mirror gets a table of them about ten times a run."""
     entity: str | None = None
     """User or team that owns the project. Null: the login's default."""
 
@@ -402,7 +402,7 @@ def _mistakes_of_codec_and_latent_model(codec: RQVAEConfig, latent_model: Latent
     if codec.sees_future and latent_model.reads_tokens:
         yield (
             f"latent_model.spatial_input: {latent_model.spatial_input} needs codes that do not depend on the text "
-            "after them, and codec.resample: reference makes such codes; use spatial_input: codes"
+            "after them, and codec.resample: reference or original makes such codes; use spatial_input: codes"
         )
 
 

@@ -104,7 +104,7 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
         check_pair(models.codec, models.latent_model)
         if models.codec.config.sees_future:
             print(
-                "codec.resample: reference: nothing can be generated or continued with such codes; left out"
+                "codec.resample: reference, original: nothing can be generated or continued with such codes; left out"
             )
         else:
             generator = LatentGenerator(models.codec, models.latent_model, tokenizer)

@@ -231,6 +231,20 @@ def latent_model(kind: str, config: RQTransformerConfig, context: int, width: in
     return (over_positions + levels * depth) / factor
 
 
+def soft_targets(config: RQTransformerConfig) -> float:
+    """Bytes per token of text that stochastic codes add: targets and log-probabilities of all levels, in fp32."""
+    return 8.0 * sum(config.codebook_sizes) / config.compression_factor
+
+
+def checkpoint(parameters: Parameters, train: TrainConfig, width: int) -> float:
+    """Bytes of one checkpoint, of all ranks together: fp32 weights and moments of what is trained, and the weights of
+    the forward pass, of which ZeRO-3 keeps the frozen ones only."""
+    frozen = parameters.total - parameters.trainable
+    weights = frozen if train.zero_stage == 3 else parameters.total
+    adam = 12 if train.zero_stage else 8  # without ZeRO the weights are the fp32 ones
+    return float(adam * parameters.trainable + width * weights + parameters.buffer_bytes)
+
+
 def logits(hidden: int, vocabulary: int, tokens: int, width: int, is_trained: bool) -> float:
     """Bytes of a `LinearHead`'s loss over `tokens` positions."""
     rows = min(tokens, max(16, LinearHead.BLOCK_ELEMENTS // vocabulary))

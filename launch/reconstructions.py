@@ -49,9 +49,7 @@ def predictions_of(head: nn.Module | None) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def reconstruction(
-    wanted: Tensor, predicted: Tensor, tokenizer: PreTrainedTokenizerBase
-) -> Reconstruction:
+def reconstruction(wanted: Tensor, predicted: Tensor, tokenizer: PreTrainedTokenizerBase) -> Reconstruction:
     """One sample; LongTensors [tokens], without padding."""
     pairs = list(zip(wanted.tolist(), predicted.tolist(), strict=True))
     marked, right = "", []

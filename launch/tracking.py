@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 TABLES = 10
-"""Tables of reconstructions in a run, at most."""
+"""Tables of reconstructions in a run, besides that of the first validation."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -204,7 +204,7 @@ class Tracker:
         """Keep what the codec made of validation samples.
 
         Written to `RUN_DIRECTORY/reconstructions/step-00000200.txt`; the mirror gets a table at the first validation
-        in every tenth of the run, because each table is a file of its own there.
+        and at the first after every tenth of the run, because each table is a file of its own there.
         """
         if self._log is None or not samples:
             return

@@ -70,7 +70,9 @@ def _reconstructions(
 ) -> list[Reconstruction]:
     part = next(iter(dataset.parts.values())) if isinstance(dataset, MixtureDataset) else dataset
     tokenizer = _tokenizer(part.directory)
-    rows = zip(batch["input_ids"], predicted.view_as(batch["input_ids"]), batch["document_ids"] > 0, strict=True)
+    rows = zip(
+        batch["input_ids"], predicted.view_as(batch["input_ids"]), batch["document_ids"] > 0, strict=True
+    )
     found = [reconstruction(ids[real], got[real], tokenizer) for ids, got, real in rows if real.any()]
     return found[:count]
 

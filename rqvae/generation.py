@@ -79,7 +79,7 @@ class LatentGenerator:
     def __init__(self, vae: Codec, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
         if vae.config.sees_future:
             raise ValueError(
-                "codes made with resample: reference depend on the text after them, so they cannot be "
+                f"codes made with resample: {vae.config.resample} depend on the text after them, so they cannot be "
                 "generated in order; train a codec with resample: chunked"
             )
         check_pair(vae, rq_transformer)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,11 @@ class TensorBytes(TorchDispatchMode):
 
 
 def measure(
-    config_file: Path, overrides: Sequence[str], world_size: int, phase: str, count: bool = True
+    config_file: Path, overrides: Sequence[str], world_size: int, phase: str
 ) -> list[dict[str, float]]:
-    """Of every rank, in bytes: `tensors` between two steps and `peak_tensors` of the last one, and resident memory of
-    the process at the same times less what it was before the model was built, `process` and `peak_process`.
-
-    Args:
-        count: False leaves out the tensors, whose counting takes up memory itself.
+    """Of every rank, in bytes: in tensors, `peak_built` until the engine is there, `tensors` between two steps and
+    `peak_tensors` of the last one; and at the same two times the process's resident memory less what it was before
+    the model was built, `process` and `peak_process`.
     """
     with tempfile.TemporaryDirectory() as directory:
         request = {
@@ -72,7 +69,6 @@ def measure(
             "overrides": list(overrides),
             "world_size": world_size,
             "phase": phase,
-            "count": count,
             "directory": directory,
         }
         result = run([sys.executable, "-m", "tests.integration.memory_of_ranks", json.dumps(request)], 900)
@@ -109,7 +105,6 @@ def _rank(
     overrides: Sequence[str],
     world_size: int,
     phase: str,
-    count: bool,
     directory: str,
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -119,28 +114,26 @@ def _rank(
 
     start_process_group()
     config = load_config(config_file, stage="rqvae", overrides=overrides)
-    counter = TensorBytes() if count else None
     before = _resident("VmRSS")
-    with counter or nullcontext():
+    with TensorBytes() as counter:
         found = _train(config, world_size, phase, counter)
     found["process"] -= before
     found["peak_process"] = _resident("VmHWM") - before
-    if counter is not None:
-        found["peak_tensors"] = counter.peak
+    found["peak_tensors"] = counter.peak
     Path(directory, f"{rank}.json").write_text(json.dumps(found))
     stop_process_group()
 
 
-def _train(
-    config: RunConfig, world_size: int, phase_name: str, counter: TensorBytes | None
-) -> dict[str, float]:
+def _train(config: RunConfig, world_size: int, phase_name: str, counter: TensorBytes) -> dict[str, float]:
     """Steps of a phase; what there is before the last one, whose peak is yet to be read."""
     from launch.phases import Phases
     from launch.tasks import RQVAETask
 
     task, train = RQVAETask(config), config.train
     phase = next(phase for phase in task.phases() if phase.name == phase_name)
-    engine, _ = Phases(task, "bf16" if train.precision == "bf16" else "fp32", torch.device("cpu")).enter(phase, None)
+    engine, _ = Phases(task, "bf16" if train.precision == "bf16" else "fp32", torch.device("cpu")).enter(
+        phase, None
+    )
     length, size = config.data.sample_length, train.micro_batch_size
     ids = torch.randint(config.codec.backbone.architecture.vocab_size, (size, length))
     batch = {
@@ -149,14 +142,13 @@ def _train(
         "sample_index": torch.arange(size),
     }
     num_tokens = torch.tensor(float(size * length))
-    found: dict[str, float] = {}
+    found = {"peak_built": float(counter.peak)}
     engine.train()
     for step in range(phase.start, phase.start + STEPS):
         if step == phase.start + STEPS - 1:
             found["process"] = _resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-            if counter is not None:
-                found["tensors"] = counter.peak = counter.now()
+            found["tensors"] = counter.peak = counter.now()
         for _ in range(train.global_batch_size // size // world_size):
             out = task.forward(engine, batch, num_tokens, step)
             engine.backward(out.loss)

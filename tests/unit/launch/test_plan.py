@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,33 @@ def test_settings_count() -> None:
     assert peak("train.zero_stage=1") > peak() + 2
     assert peak("train.micro_batch_size=1") < peak()
     assert peak("train.offload_optimizer=cpu") < peak()
+
+
+def test_json_holds_what_a_scheduler_asks_for(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["--config", str(CONFIGS / "qwen3_0.6b.yaml"), "--gpus", "8", "--json", str(file)]
+    assert main(arguments) == 0
+    full = json.loads(file.read_text())[1]
+    assert full["phase"]["name"] == "full"
+    assert sum(full["parts"].values()) == full["parameters"]["total"]
+    assert full["parts"]["encoder.backbone"] > 4e8
+    steps = full["phase"]["end"] - full["phase"]["start"]
+    assert full["step_flops"] * steps == pytest.approx(full["flops"])
+    assert full["days"] == pytest.approx(full["flops"] / (8 * 312e12 * 0.35) / 86400)
+    # Adam and fp32 weights of everything.
+    assert full["checkpoint_bytes"] == pytest.approx(12 * full["parameters"]["total"], rel=0.01)
+
+
+@pytest.mark.parametrize("gib", [40, 80, 141])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(gib: int) -> None:
+    part = plan(load_config(CONFIGS / "qwen3_0.6b.yaml"), 8)[1]
+    largest = part.largest_micro_batch[gib]
+
+    def fits(size: int) -> bool:
+        overrides = [f"train.micro_batch_size={size}", f"train.global_batch_size={8 * size}"]
+        config = load_config(CONFIGS / "qwen3_0.6b.yaml", overrides=overrides)
+        return plan(config, 8)[1].memory.peak <= gib * GIB
+
+    assert largest > 0
+    assert fits(largest)
+    assert not fits(largest + 1)
