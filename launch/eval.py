@@ -32,9 +32,9 @@ from launch.prompt_lengths import by_prompt_length
 from launch.report_data import update_report
 from launch.tracking import read_metrics
 from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_codec, load_latent_model
+from rqvae.codec import Codec
 from rqvae.encoder import chunk_documents
 from rqvae.generation import check_pair
-from rqvae.loading import Codec
 from rqvae.quantizer import compute_perplexity
 
 DISTORTION_SAMPLES = 64

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rqvae.codec import Codec
 from rqvae.latent_model import LatentModel
-from rqvae.loading import Codec
 
 DECODE_BLOCK = 32
 """Latents generated between two decodes. Decoding many positions at once is nearly free, but the end of a

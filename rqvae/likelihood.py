@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rqvae.codec import Codec
 from rqvae.latent_model import LatentModel
-from rqvae.loading import Codec
 
 
 class LatentBound(NamedTuple):
