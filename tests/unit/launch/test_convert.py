@@ -182,14 +182,14 @@ class ReferenceCodec(nn.Module):
 
 
 def save_reference(
-    path: Path, compression_factor: int, num_refinements: int, **changed: Any
+    path: Path, compression_factor: int, num_refinements: int, changed: dict[str, int] | None = None
 ) -> ReferenceCodec:
     torch.manual_seed(0)
     architecture = load_config(NANO).codec.backbone.architecture
     model = ReferenceCodec(architecture, compression_factor, num_refinements)
     config = {
         "model_name": "Qwen/Qwen3-0.6B", "latent_dim": 64, "compression_factor": compression_factor,
-        "codebook_size": 32, "codebook_levels": 3, **changed,
+        "codebook_size": 32, "codebook_levels": 3, **(changed or {}),
     }  # fmt: skip
     torch.save({"model_state_dict": model.state_dict(), "config": config}, path)
     return model.eval()
@@ -245,7 +245,7 @@ def test_what_cannot_be_converted_is_listed_and_refused(
     for half in ("encoder", "decoder"):
         assert f"{half}.latent_refinement.0.linear1.weight: has no place" in error
         assert f"{half}.refinement.layers.0.mlp.gate_up_proj.weight: missing" in error
-    save_reference(tmp_path / "codec.pt", 4, 0, compression_factor=1, codebook_levels=8)
+    save_reference(tmp_path / "codec.pt", 4, 0, {"compression_factor": 1, "codebook_levels": 8})
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "codec.compression_factor: 4, must be 1" in error

@@ -133,7 +133,10 @@ def test_every_name_at_the_top_level_is_one_that_deepspeed_reads() -> None:
         ({"zero_optimization": {"stage": 1}}, "set by train.zero_stage"),
         ({"zero_optimization": {"overlap_comm": True}}, "set by train.communication.overlap_comm"),
         ({"aio": {"block_sise": 1}}, "train.deepspeed.aio.block_sise: unknown"),
-        ({"compile": {"deepcompile": True}}, "train.deepspeed.compile.deepcompile: has no effect without torch"),
+        (
+            {"compile": {"deepcompile": True}},
+            "train.deepspeed.compile.deepcompile: has no effect without torch",
+        ),
     ],
     ids=str,
 )
