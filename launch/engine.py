@@ -164,7 +164,7 @@ def build_engine(
     if train.torch_compile:
         if engine.is_deepcompile_enabled() and not torch.cuda.is_available():
             raise ValueError(
-                "train.deepspeed.compile.deepcompile: needs a GPU; leave it out, and use zero_stage 0, 1 or 2 to compile"
+                "train.deepspeed.compile.deepcompile: needs a GPU; without it compile at zero_stage 0, 1 or 2"
             )
         engine.compile()
     return engine

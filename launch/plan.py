@@ -185,6 +185,9 @@ def phase_plan(
         logits = memory.logits(*head, per_pass, width(config), trains_head)
         return memory.memory(parameters, train, width(config), activations_per_token * per_pass, logits)
 
+    def largest_in(gib: int) -> int:
+        return largest(lambda size: needs(size).peak <= gib * GIB)
+
     tokens = (phase.end - phase.start) * train.global_batch_size * length
     return PhasePlan(
         stage=config.stage,
@@ -192,9 +195,7 @@ def phase_plan(
         parts=parameters_by_part(model),
         parameters=parameters,
         memory=needs(train.micro_batch_size),
-        largest_micro_batch={
-            gib: largest(lambda size, gib=gib: needs(size).peak <= gib * GIB) for gib in GPU_SIZES_GIB
-        },
+        largest_micro_batch={gib: largest_in(gib) for gib in GPU_SIZES_GIB},
         checkpoint_bytes=memory.checkpoint(parameters, train, width(config)),
         tokens=tokens,
         flops=flops_per_token * tokens,

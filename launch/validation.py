@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline import MixtureDataset, load_tokenizer
+from data_pipeline import CodeDataset, MixtureDataset, load_tokenizer
 from launch.config import RunConfig
 from launch.reconstructions import Reconstruction, predictions_of, reconstruction
 from launch.tasks import Dataset, Task
@@ -69,7 +69,8 @@ def _reconstructions(
     batch: dict[str, Tensor], predicted: Tensor, dataset: Dataset, count: int
 ) -> list[Reconstruction]:
     part = next(iter(dataset.parts.values())) if isinstance(dataset, MixtureDataset) else dataset
-    tokenizer = _tokenizer(part.directory)
+    tokens = part.token_dataset if isinstance(part, CodeDataset) else part
+    tokenizer = _tokenizer(tokens.directory)
     rows = zip(
         batch["input_ids"], predicted.view_as(batch["input_ids"]), batch["document_ids"] > 0, strict=True
     )
