@@ -361,9 +361,7 @@ class AnchorCodecTask(RQVAETask):
     def load_model(self, directory: Path) -> AnchorCodec:
         return AnchorCodec.from_pretrained(directory)
 
-    def before_step(
-        self, engine: nn.Module, dataset: Dataset, step: int, rank: int, world_size: int
-    ) -> None:
+    def before_step(self, engine: nn.Module, dataset: Dataset, step: int, rank: int, world_size: int) -> None:
         pass  # there are no codebooks
 
     def _score(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> RQVAEOutput:

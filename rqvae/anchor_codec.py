@@ -1,8 +1,8 @@
 """The codec whose codes are D of the K tokens of a chunk; a decoder fills in the others, all at once.
 
-Nothing has to be searched for or learnt on the encoder's side, and the codes are as predictable as text: what a learned
-codec with D < K has to beat. The decoder is that of `RQVAE`; filling in masked tokens in parallel, given some that stand,
-is conditional masked language modelling (Ghazvininejad 2019).
+Nothing has to be searched for or learnt on the encoder's side, and the codes are as predictable as text: what a
+learned codec with D < K has to beat. The decoder is that of `RQVAE`; filling in tokens in parallel, given some that
+stand, is conditional masked language modelling (Ghazvininejad 2019).
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class AnchorCodec(Codec):
             ValueError: `backbone.decoder` asks for something else.
         """
         if self.decoder.backbone is None or self.config.backbone.decoder != "same":
-            raise ValueError("backbone.pretrained: an anchor codec has a decoder only; use backbone.decoder: same")
+            raise ValueError(
+                "backbone.pretrained: an anchor codec has a decoder only; use backbone.decoder: same"
+            )
         load_pretrained(source, self.decoder.backbone, self.decoder.head)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
@@ -154,7 +156,9 @@ class AnchorCodec(Codec):
         is_present = codes < self.absent
         # Padding on the left: absent anchors before a present one.
         is_left = ~is_present & (is_present.flip(-1).cumsum(-1).flip(-1) > 0)
-        is_hole = is_left[..., self.next_level].flatten(1) | (self._at_anchors(known) & (known == self.absent))
+        is_hole = is_left[..., self.next_level].flatten(1) | (
+            self._at_anchors(known) & (known == self.absent)
+        )
         wanted = ~self._at_anchors(known) & ~is_hole
         tokens = torch.where(is_hole, -1, known)
         tokens[wanted] = choose(self.decoder.head(hidden[wanted]))

@@ -258,7 +258,8 @@ class RQVAEConfig(StrictModel):
         tokens = self.backbone.architecture.vocab_size + 1
         if set(self.codebook_sizes) != {tokens}:
             raise ValueError(
-                f"model: anchor means codebook_size {tokens} (the vocabulary and one); leave it out, or set it to null"
+                f"model: anchor means codebook_size {tokens} (the vocabulary and one); leave it out, "
+                "or set it to null"
             )
         if self.codebook_levels >= self.compression_factor:
             raise ValueError(
@@ -269,7 +270,14 @@ class RQVAEConfig(StrictModel):
         if self.backbone.shared:
             raise ValueError("backbone.shared: model: anchor has no encoder to share with; set it to false")
         # A decoder that reads tokens has no use for what disturbs latents or chooses codes.
-        unused = ("resample", "encoder_context", "token_dropout", "latent_dropout", "latent_noise", "quantizer")
+        unused = (
+            "resample",
+            "encoder_context",
+            "token_dropout",
+            "latent_dropout",
+            "latent_noise",
+            "quantizer",
+        )
         for name in unused:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: has no effect with model: anchor; leave it at its default")
@@ -318,6 +326,10 @@ class RQTransformerShape(StrictModel):
     rope_theta: float = Field(default=1e4, gt=0)
     head: Literal["per_level", "shared"] = "per_level"
     """Output heads of the D levels: one for each, or one for all, which needs codebooks of equal size."""
+    depth_input: Literal["sum", "code"] = "sum"
+    """What the depth transformer reads of the levels before: at every level the sum of all codes so far (Lee 2022,
+    equation 11), or the one code before, as attention finds the others. The sum suits residual codes, which add up; a
+    single code suits tokens (MEGABYTE, Yu 2023)."""
     spatial_input: Literal["codes", "tokens", "both"] = "codes"
     """What the spatial transformer reads of the latent before: the sum of its codes' embeddings, its K tokens
     (CALM, arXiv 2510.27688), or the sum of both. With tokens every latent is decoded as soon as it is
@@ -369,6 +381,8 @@ class LatentModelConfig(RQTransformerShape):
             raise ValueError("match: only a flat_transformer is matched; set it to null, or change model")
         if self.model == "flat_transformer" and self.reads_tokens:
             raise ValueError("spatial_input: a flat_transformer reads codes only")
+        if self.model == "flat_transformer" and self.depth_input != "sum":
+            raise ValueError("depth_input: a flat_transformer has no depth transformer")
         if self.model == "flat_transformer" and self.spatial_backbone is not None:
             raise ValueError("spatial_backbone: a flat_transformer has layers of its own only")
         return self

@@ -14,7 +14,6 @@ from rqvae.latent_model import LatentModel
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
-
 CODECS: dict[str, type[Codec]] = {"rqvae": RQVAE, "anchor": AnchorCodec, "identity": IdentityCodec}
 
 

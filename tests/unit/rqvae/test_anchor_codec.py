@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from rqvae import AnchorCodec, LatentGenerator, RQVAEConfig, create_codec, latent_bound, load_codec
 from tests.unit.rqvae.conftest import EOS, VOCAB_SIZE, randomize
@@ -197,5 +196,3 @@ def test_an_empty_prompt_begins_a_text(make_anchor: Make, make_latent_model: Mak
     texts = generator.generate(["", "w5 w6"], max_new_tokens=8, temperature=1.0, seed=0)
     assert len(texts) == 2
     assert EOS < VOCAB_SIZE and all(isinstance(text, str) for text in texts)
-
-
