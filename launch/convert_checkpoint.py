@@ -91,7 +91,7 @@ def to_safetensors(source: Path, destination: Path) -> None:
     """
     run_directory, checkpoint = locate(source)
     config = load_config(run_directory / "config.yaml")
-    task = tasks.TASKS[config.stage](config)  # type: ignore[index]
+    task = tasks.create_task(config)
     with torch.device("meta"):
         model = task.create_model()
     state = ShardedState(checkpoint)

@@ -60,8 +60,9 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
         return CodecFlops(encode=0.0, decode=0.0, train_frozen=0.0, train_full=0.0)
     architecture, factor = config.backbone.architecture, config.compression_factor
     # Masks that keep documents or chunks apart save nothing: what they hide is computed.
-    encoder_backbone = backbone(architecture, sample_length / 2)
-    decoder_backbone = 0.0 if config.backbone.decoder == "none" else encoder_backbone
+    one_backbone = backbone(architecture, sample_length / 2)
+    encoder_backbone = 0.0 if config.model == "anchor" else one_backbone
+    decoder_backbone = 0.0 if config.backbone.decoder == "none" else one_backbone
     output = head(architecture)
     refinement = (
         block(config.latent_dim, config.num_latent_layers, 8 / 3, sample_length / factor / 2) / factor
@@ -70,9 +71,11 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     search = 2 * config.codebook_dim * sum(config.codebook_sizes) / factor
     down, up = resampling(config)
     encoder_side, decoder_side = down + refinement + projection, up + refinement + projection
+    if config.model == "anchor":  # a decoder only
+        encoder_side = search = 0.0
     new = 3 * (encoder_side + decoder_side) + search
     # Nothing learns below the encoder's frozen backbone unless the mask token does: no backward pass through it.
-    pass_on = 2 * encoder_backbone + attention(architecture, sample_length / 2)
+    pass_on = 2 * one_backbone + attention(architecture, sample_length / 2)
     frozen = pass_on if config.token_dropout else encoder_backbone
     if config.backbone.decoder == "same":
         frozen += pass_on + 2 * output

@@ -24,7 +24,7 @@ from launch import flops, memory
 from launch.config import RunConfig, Stage, check_world_size, load_config
 from launch.dry_run import batch_arithmetic
 from launch.latent_model import latent_model_config
-from launch.tasks import Phase, RQVAETask
+from launch.tasks import Phase, codec_task
 from rqvae import BaseLM, FlatTransformer, RQTransformer
 
 GIB = 1 << 30
@@ -121,7 +121,7 @@ def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
     """The codec, frozen and full."""
     if config.codec.model == "identity":
         return []
-    task, length = RQVAETask(config), config.data.sample_length
+    task, length = codec_task(config), config.data.sample_length
     architecture, costs = config.codec.backbone.architecture, flops.codec(config.codec, length)
     plans = []
     for phase in task.phases():

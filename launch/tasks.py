@@ -19,6 +19,7 @@ from launch.latent_model import describe_match, latent_model_config
 from launch.loading import open_tokens
 from launch.paths import codes_directory, source_directories
 from launch.shards import ShardedState
+from rqvae.anchor_codec import AnchorCodec
 from rqvae.backbone import BaseLM
 from rqvae.encoder import chunk_documents
 from rqvae.flat_transformer import FlatTransformer
@@ -27,7 +28,7 @@ from rqvae.persistence import load_tensors
 from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
 from rqvae.randomness import Purpose, sample_seeds, uniform
 from rqvae.rq_transformer import RQTransformer
-from rqvae.rq_vae import RQVAE
+from rqvae.rq_vae import RQVAE, RQVAEOutput
 
 Batch = Mapping[str, Tensor]
 Part = TokenDataset | CodeDataset
@@ -221,13 +222,13 @@ class RQVAETask(Task):
         if backbone.pretrained is not None:
             check_tokenizer(dataset.directory, backbone.pretrained)
 
-    def create_model(self) -> RQVAE:
+    def create_model(self) -> RQVAE | AnchorCodec:
         return RQVAE(self.config.codec)
 
-    def load_model(self, directory: Path) -> RQVAE:
+    def load_model(self, directory: Path) -> RQVAE | AnchorCodec:
         return RQVAE.from_pretrained(directory)
 
-    def load_initial_weights(self, model: RQVAE) -> None:  # type: ignore[override]
+    def load_initial_weights(self, model: RQVAE | AnchorCodec) -> None:  # type: ignore[override]
         if self.config.codec.backbone.pretrained is not None:
             model.load_backbone(self.config.codec.backbone.pretrained)
 
@@ -236,7 +237,7 @@ class RQVAETask(Task):
         phases = [Phase("frozen", 0, train.frozen_steps), Phase("full", train.frozen_steps, train.steps)]
         return [phase for phase in phases if phase.start < phase.end]
 
-    def backbone_parameters(self, model: RQVAE) -> Iterator[nn.Parameter]:  # type: ignore[override]
+    def backbone_parameters(self, model: RQVAE | AnchorCodec) -> Iterator[nn.Parameter]:  # type: ignore[override]
         return model.backbone_parameters()
 
     def reconstructing_head(self, model: RQVAE) -> nn.Module:  # type: ignore[override]
@@ -285,13 +286,7 @@ class RQVAETask(Task):
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         documents = batch["document_ids"]
-        out = model(
-            batch["input_ids"],
-            document_ids=documents,
-            num_tokens=num_tokens,
-            quantize=step >= self.config.train.quantizer_warmup_steps,
-            seeds=sample_seeds(self.config.seed, step, batch["sample_index"]),
-        )
+        out = self._score(model, batch, num_tokens, step)
         real = documents > 0
         sums = _token_sums(out.nats, out.correct, real)
         factor = self.config.codec.compression_factor
@@ -312,6 +307,15 @@ class RQVAETask(Task):
                 ]
             )
         return StepOutput(out.loss, sums)
+
+    def _score(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> RQVAEOutput:
+        return model(
+            batch["input_ids"],
+            document_ids=batch["document_ids"],
+            num_tokens=num_tokens,
+            quantize=step >= self.config.train.quantizer_warmup_steps,
+            seeds=sample_seeds(self.config.seed, step, batch["sample_index"]),
+        )
 
     def after_step(self, model: RQVAE, step: int) -> None:  # type: ignore[override]
         if step >= self.config.train.quantizer_warmup_steps:
@@ -346,6 +350,34 @@ class RQVAETask(Task):
     def state_metrics(self, model: RQVAE, step: int) -> dict[str, float]:  # type: ignore[override]
         # Before quantization begins, codebooks are what they were made with and mean nothing.
         return model.quantizer.usage_metrics() if step > self.config.train.quantizer_warmup_steps else {}
+
+
+class AnchorCodecTask(RQVAETask):
+    """The codec whose codes are tokens: a decoder that fills in the others."""
+
+    def create_model(self) -> AnchorCodec:
+        return AnchorCodec(self.config.codec)
+
+    def load_model(self, directory: Path) -> AnchorCodec:
+        return AnchorCodec.from_pretrained(directory)
+
+    def before_step(self, engine: nn.Module, dataset: Dataset, step: int, rank: int, world_size: int) -> None:
+        pass  # there are no codebooks
+
+    def _score(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> RQVAEOutput:
+        return model(batch["input_ids"], document_ids=batch["document_ids"], num_tokens=num_tokens)
+
+    def after_step(self, model: nn.Module, step: int) -> None:  # type: ignore[override]
+        pass
+
+    def after_skipped_step(self, model: nn.Module) -> None:  # type: ignore[override]
+        pass
+
+    def begins_new_loss(self, step: int) -> bool:
+        return False
+
+    def state_metrics(self, model: nn.Module, step: int) -> dict[str, float]:  # type: ignore[override]
+        return {}
 
 
 class RQTransformerTask(Task):
@@ -453,6 +485,17 @@ TASKS: dict[str, type[Task]] = {
     "rqvae": RQVAETask,
     "rq_transformer": RQTransformerTask,
 }
+
+
+def create_task(config: RunConfig) -> Task:
+    """The task of a configuration with a stage chosen."""
+    assert config.stage is not None
+    return codec_task(config) if config.stage == "rqvae" else TASKS[config.stage](config)
+
+
+def codec_task(config: RunConfig) -> RQVAETask:
+    """The task of the stage rqvae, for the kind of codec of a configuration."""
+    return (AnchorCodecTask if config.codec.model == "anchor" else RQVAETask)(config)
 
 
 def check_fits(targets: Mapping[str, Tensor], state: ShardedState, source: Path) -> None:

@@ -90,7 +90,7 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
     precision = resolve_precision(config.train.precision, rank)
     check_deepspeed_config(deepspeed_config(config.train, precision, world_size))
     assert config.stage is not None
-    task = tasks.TASKS[config.stage](config)
+    task = tasks.create_task(config)
     checkpointer = Checkpointer(directory / "checkpoints", config.train)
     resumed = checkpoints.start_from(checkpointer.root)
 

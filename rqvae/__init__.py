@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "AnchorCodec": "anchor_codec",
     "BaseLM": "backbone",
     "DepthTransformer": "rq_transformer",
     "FlatTransformer": "flat_transformer",

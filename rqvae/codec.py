@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 
 from rqvae import persistence
 from rqvae.config import RQVAEConfig
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely entry: [N, V] -> LongTensor [N]."""
+    return logits.argmax(-1)
 
 
 class Codec(nn.Module, ABC):
@@ -81,13 +87,20 @@ class Codec(nn.Module, ABC):
         """Empty cache for `decode_block`."""
 
     @abstractmethod
-    def decode_block(self, codes: Tensor, documents: Tensor, cache: Any) -> Tensor:
-        """The most likely tokens of further latents.
+    def decode_block(
+        self,
+        codes: Tensor,
+        documents: Tensor,
+        cache: Any,
+        choose: Callable[[Tensor], Tensor] = most_likely,
+    ) -> Tensor:
+        """The tokens of further latents.
 
         Args:
             codes: LongTensor [B, n, D], those that follow what `cache` holds.
             documents: LongTensor [B, n], 0 at padding.
             cache: extended in place.
+            choose: takes the tokens that the codes leave open from their logits [N, V] -> LongTensor [N].
 
         Returns:
             LongTensor [B, n * K]; negative where there is no token.

@@ -135,10 +135,13 @@ class QuantizerConfig(StrictModel):
 class RQVAEConfig(StrictModel):
     """The codec: K tokens <-> one latent position of D residual codes."""
 
-    model: Literal["rqvae", "identity"] = "rqvae"
+    model: Literal["rqvae", "anchor", "identity"] = "rqvae"
     """identity: the codes are the tokens themselves (D = K, C = vocabulary and one for "no token"), nothing
     is learnt or lost (as in MEGABYTE, Yu 2023). The baseline that every codec must beat. Levels and sizes
-    follow from the rest, and the settings of the networks have no effect."""
+    follow from the rest, and the settings of the networks have no effect.
+    anchor: the codes are D < K of the tokens, evenly spaced (C = vocabulary and one), and the decoder fills in the
+    others in parallel. It has no encoder and no codebooks, so nothing but the decoder is trained. `codebook_dim` is
+    the width of the codes' embeddings: about `latent_dim`."""
     backbone: CodecBackboneConfig
     compression_factor: int = Field(default=4, gt=0)
     """K: tokens per latent position."""
@@ -175,7 +178,7 @@ class RQVAEConfig(StrictModel):
     def _identity_follows(cls, values: Any) -> Any:
         """Fill in what the identity codec's shape must be where it is left out, or null over an inherited value; a
         contradiction is found below."""
-        if not isinstance(values, dict) or values.get("model") != "identity":
+        if not isinstance(values, dict) or values.get("model") not in ("identity", "anchor"):
             return values
         vocabulary: Any = values
         for name in ("backbone", "architecture", "vocab_size"):
@@ -184,12 +187,10 @@ class RQVAEConfig(StrictModel):
             )
         if not isinstance(vocabulary, int):
             return values  # reported by the fields' own checks
-        shape = {
-            "codebook_levels": values.get(
-                "compression_factor", cls.model_fields["compression_factor"].default
-            ),
-            "codebook_size": vocabulary + 1,
-        }
+        shape = {"codebook_size": vocabulary + 1}
+        if values["model"] == "identity":
+            default = cls.model_fields["compression_factor"].default
+            shape["codebook_levels"] = values.get("compression_factor", default)
         return {**values, **{name: size for name, size in shape.items() if values.get(name) is None}}
 
     @field_validator("codebook_size")
@@ -222,6 +223,9 @@ class RQVAEConfig(StrictModel):
                     "leave them out, or set them to null"
                 )
             return self  # the networks' settings have no effect
+        if self.model == "anchor":
+            self._anchors_fit()
+            return self
         if quantizer.shared_codebook and len(sizes) > 1:
             raise ValueError(f"quantizer.shared_codebook: one codebook has one size, not {sorted(sizes)}")
         if quantizer.shared_codebook and min(sizes) < self.codebook_levels:
@@ -249,6 +253,34 @@ class RQVAEConfig(StrictModel):
                 f"encoder_context: chunk is not alone with resample: {self.resample}, which overlaps"
             )
         return self
+
+    def _anchors_fit(self) -> None:
+        tokens = self.backbone.architecture.vocab_size + 1
+        if set(self.codebook_sizes) != {tokens}:
+            raise ValueError(
+                f"model: anchor means codebook_size {tokens} (the vocabulary and one); leave it out, "
+                "or set it to null"
+            )
+        if self.codebook_levels >= self.compression_factor:
+            raise ValueError(
+                f"model: anchor keeps codebook_levels={self.codebook_levels} of compression_factor="
+                f"{self.compression_factor} tokens and fills in the others: it needs fewer levels; for all tokens "
+                "use model: identity"
+            )
+        if self.backbone.shared:
+            raise ValueError("backbone.shared: model: anchor has no encoder to share with; set it to false")
+        # A decoder that reads tokens has no use for what disturbs latents or chooses codes.
+        unused = (
+            "resample",
+            "encoder_context",
+            "token_dropout",
+            "latent_dropout",
+            "latent_noise",
+            "quantizer",
+        )
+        for name in unused:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: has no effect with model: anchor; leave it at its default")
 
     @property
     def sees_future(self) -> bool:
@@ -294,6 +326,10 @@ class RQTransformerShape(StrictModel):
     rope_theta: float = Field(default=1e4, gt=0)
     head: Literal["per_level", "shared"] = "per_level"
     """Output heads of the D levels: one for each, or one for all, which needs codebooks of equal size."""
+    depth_input: Literal["sum", "code"] = "sum"
+    """What the depth transformer reads of the levels before: at every level the sum of all codes so far (Lee 2022,
+    equation 11), or the one code before, as attention finds the others. The sum suits residual codes, which add up; a
+    single code suits tokens (MEGABYTE, Yu 2023)."""
     spatial_input: Literal["codes", "tokens", "both"] = "codes"
     """What the spatial transformer reads of the latent before: the sum of its codes' embeddings, its K tokens
     (CALM, arXiv 2510.27688), or the sum of both. With tokens every latent is decoded as soon as it is
@@ -345,6 +381,8 @@ class LatentModelConfig(RQTransformerShape):
             raise ValueError("match: only a flat_transformer is matched; set it to null, or change model")
         if self.model == "flat_transformer" and self.reads_tokens:
             raise ValueError("spatial_input: a flat_transformer reads codes only")
+        if self.model == "flat_transformer" and self.depth_input != "sum":
+            raise ValueError("depth_input: a flat_transformer has no depth transformer")
         if self.model == "flat_transformer" and self.spatial_backbone is not None:
             raise ValueError("spatial_backbone: a flat_transformer has layers of its own only")
         return self

@@ -94,7 +94,7 @@ class LatentGenerator:
         """Continue prompts; the returned texts do not repeat them.
 
         Args:
-            temperature: of every code; 0 is greedy.
+            temperature: of every code, and of the tokens that the codes leave open; 0 is greedy.
             seed: of the sampling; the same seed gives the same texts.
         """
         prompt_ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
@@ -153,7 +153,7 @@ class LatentGenerator:
             is_last = index + 1 == num_new
             if is_last or (index + 1) % decode_every == 0:
                 ids = self.vae.decode_block(
-                    torch.cat(pending, dim=1), torch.cat(pending_documents, dim=1), decoder_cache
+                    torch.cat(pending, dim=1), torch.cat(pending_documents, dim=1), decoder_cache, choose
                 )
                 pending, pending_documents = [], []
                 tokens.append(ids if tokens else ids[:, num_prompt * self.compression_factor :])

@@ -7,12 +7,13 @@ just: the codes also say where a document begins on the chunk grid and which pla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rqvae.codec import Codec
+from rqvae.codec import Codec, most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.encoder import token_documents
 from rqvae.rq_vae import RQVAEOutput
@@ -92,7 +93,13 @@ class IdentityCodec(Codec):
         """For `decode_block`: nothing has to be remembered."""
         return None
 
-    def decode_block(self, codes: Tensor, documents: Tensor, cache: Any) -> Tensor:
+    def decode_block(
+        self,
+        codes: Tensor,
+        documents: Tensor,
+        cache: Any,
+        choose: Callable[[Tensor], Tensor] = most_likely,
+    ) -> Tensor:
         """Tokens of further latents: LongTensor [B, S, K] -> [B, S * K]; -1 where there is no token."""
         tokens = codes.flatten(1)
         return torch.where(tokens < self.absent, tokens, -1)

@@ -39,7 +39,9 @@ class CodeEmbedding(nn.Module):
     def __init__(self, codebook_sizes: tuple[int, ...], dim: int):
         super().__init__()
         self.table = nn.Embedding(sum(codebook_sizes), dim)
-        nn.init.normal_(self.table.weight, std=0.02)
+        # The sum over levels has unit variance, as what it is added to. With a language model's usual 0.02 the codes
+        # drown in the context: after 300 steps on tokens as codes 5.62 nats per token against 5.40.
+        nn.init.normal_(self.table.weight, std=len(codebook_sizes) ** -0.5)
         self.level_offsets = [sum(codebook_sizes[:level]) for level in range(len(codebook_sizes))]
         self.register_buffer("offsets", torch.tensor(self.level_offsets), persistent=False)
 

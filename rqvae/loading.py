@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rqvae import persistence
+from rqvae.anchor_codec import AnchorCodec
 from rqvae.codec import Codec
 from rqvae.config import RQVAEConfig
 from rqvae.flat_transformer import FlatTransformer
@@ -13,10 +14,12 @@ from rqvae.latent_model import LatentModel
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
+CODECS: dict[str, type[Codec]] = {"rqvae": RQVAE, "anchor": AnchorCodec, "identity": IdentityCodec}
+
 
 def create_codec(config: RQVAEConfig) -> Codec:
     """The codec of a configuration, untrained."""
-    return IdentityCodec(config) if config.model == "identity" else RQVAE(config)
+    return CODECS[config.model](config)
 
 
 def load_codec(directory: str | Path) -> Codec:
@@ -26,7 +29,10 @@ def load_codec(directory: str | Path) -> Codec:
         ValueError: the directory is missing, damaged or holds no codec.
     """
     name = persistence.read_config(Path(directory)).get("model")
-    return (IdentityCodec if name == IdentityCodec.__name__ else RQVAE).from_pretrained(directory)
+    for codec_class in CODECS.values():
+        if name == codec_class.__name__:
+            return codec_class.from_pretrained(directory)
+    raise ValueError(f"'{directory}' holds a {name}, not a codec")
 
 
 def load_latent_model(directory: str | Path) -> LatentModel:

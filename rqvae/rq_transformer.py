@@ -164,14 +164,15 @@ class SpatialTransformer(nn.Module):
 class DepthTransformer(nn.Module):
     """The D codes of one position, one after another, given its context (Lee 2022, equations 11-12).
 
-    The input at level d is the context, plus a learned level position, plus the sum of the embeddings of
-    the codes before it. (Lee 2022 gives the context to the first level only; adding it everywhere costs
-    nothing and lets one layer see it directly.)
+    The input at level d is the context, plus a learned level position, plus the sum of the embeddings of the codes
+    before it, or with `depth_input: code` that of the one before it. (Lee 2022 gives the context to the first level
+    only; adding it everywhere costs nothing and lets one layer see it directly.)
     """
 
     def __init__(self, config: RQTransformerConfig):
         super().__init__()
         self.num_levels = config.codebook_levels
+        self.adds_up = config.depth_input == "sum"
         self.embedding = CodeEmbedding(config.codebook_sizes, config.depth_dim)
         self.from_context = nn.Linear(config.spatial_dim, config.depth_dim, bias=False)
         self.level_positions = nn.Parameter(torch.randn(config.codebook_levels, config.depth_dim) * 0.02)
@@ -183,7 +184,9 @@ class DepthTransformer(nn.Module):
     def hidden_states(self, context: Tensor, codes: Tensor) -> Tensor:
         """States before the heads, with the true codes as input: [N, E] and [N, D] -> [N, D, G]."""
         x = self.from_context(context)[:, None] + self.level_positions
-        prefix = self.embedding(codes[:, :-1]).cumsum(1)
+        prefix = self.embedding(codes[:, :-1])
+        if self.adds_up:
+            prefix = prefix.cumsum(1)
         x = torch.cat([x[:, :1], x[:, 1:] + prefix], dim=1)
         return self.block(x, positions=None)
 
@@ -197,7 +200,7 @@ class DepthTransformer(nn.Module):
         for level, x in enumerate(inputs):
             if level:
                 embedded = self.embedding.level(codes[-1], level - 1)[:, None]
-                prefix = embedded if prefix is None else prefix + embedded
+                prefix = prefix + embedded if prefix is not None and self.adds_up else embedded
                 x = x + prefix
             codes.append(choose(self.heads.of_level(level)(self.block(x, None, None, cache)[:, 0])))
         return torch.stack(codes, dim=1)

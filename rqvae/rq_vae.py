@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rqvae.backbone import load_pretrained
-from rqvae.codec import Codec
+from rqvae.codec import Codec, most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import TextEncoder, chunk_documents, token_documents
@@ -203,9 +203,16 @@ class RQVAE(Codec):
         return self.decoder.new_cache(batch_size, max_latents)
 
     @torch.inference_mode()
-    def decode_block(self, codes: Tensor, documents: Tensor, cache: DecoderCache) -> Tensor:
+    def decode_block(
+        self,
+        codes: Tensor,
+        documents: Tensor,
+        cache: DecoderCache,
+        choose: Callable[[Tensor], Tensor] = most_likely,
+    ) -> Tensor:
         """See `Codec.decode_block`."""
-        return self.decoder(self.quantizer.embed(codes), documents, cache=cache).argmax(-1)
+        logits: Tensor = self.decoder(self.quantizer.embed(codes), documents, cache=cache)
+        return choose(logits.flatten(0, 1)).view(logits.shape[:2])
 
     def _documents(
         self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None

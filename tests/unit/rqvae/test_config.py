@@ -87,6 +87,7 @@ def test_an_impossible_latent_model_is_refused(
     [
         ({"match": "parameters"}, "match: only a flat_transformer is matched"),
         ({"model": "flat_transformer", "spatial_input": "both"}, "a flat_transformer reads codes only"),
+        ({"model": "flat_transformer", "depth_input": "code"}, "a flat_transformer has no depth transformer"),
         ({"model": "flat_transformer", "spatial_backbone": {}}, "layers of its own only"),
     ],
 )

@@ -31,6 +31,7 @@ BACKBONE = {"spatial_backbone": "qwen3"}  # filled in by the fixture
 VARIANTS: dict[str, tuple[type[LatentModel], dict[str, Any]]] = {
     "rq": (RQTransformer, {}),
     "rq, shared head": (RQTransformer, SHARED),
+    "rq, code before": (RQTransformer, {"depth_input": "code"}),
     "rq, tokens": (RQTransformer, TOKENS),
     "rq, both": (RQTransformer, BOTH),
     "rq, qwen": (RQTransformer, BACKBONE),
@@ -396,3 +397,22 @@ def test_without_a_spatial_backbone_there_is_nothing_to_load(tmp_path: Path) -> 
     assert list(model.backbone_parameters()) == []
     with pytest.raises(ValueError, match="no spatial_backbone"):
         model.load_backbone(str(tmp_path))
+
+
+def test_the_depth_transformer_reads_the_sum_or_the_code_before() -> None:
+    """With no attention in between, level 2 depends on the code of level 0 through the sum only."""
+    codes = torch.tensor([[3, 7, 0], [5, 7, 0]])
+    for depth_input, sees_it in (("sum", True), ("code", False)):
+        model = RQTransformer(make_config(depth_input=depth_input, codebook_size=16)).eval()
+        for layer in model.depth.block.layers:
+            layer.attention.out_proj.weight.data.zero_()
+        first, second = model.depth.hidden_states(torch.zeros(2, 32), codes)[:, 2]
+        assert torch.equal(first, second) is not sees_it
+
+
+def test_codes_enter_at_the_scale_of_what_they_are_added_to() -> None:
+    model = RQTransformer(make_config(codebook_size=64, codebook_levels=8))
+    codes = torch.randint(64, (500, 8))
+    for embedding in (model.spatial.embedding, model.depth.embedding):
+        assert embedding is not None
+        assert 0.8 < embedding(codes).sum(-2).std() < 1.2

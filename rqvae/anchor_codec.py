@@ -1,0 +1,179 @@
+"""The codec whose codes are D of the K tokens of a chunk; a decoder fills in the others, all at once.
+
+Nothing has to be searched for or learnt on the encoder's side, and the codes are as predictable as text: what a
+learned codec with D < K has to beat. The decoder is that of `RQVAE`; filling in tokens in parallel, given some that
+stand, is conditional masked language modelling (Ghazvininejad 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.backbone import load_pretrained
+from rqvae.codec import Codec, most_likely
+from rqvae.config import RQVAEConfig
+from rqvae.decoder import DecoderCache, TextDecoder
+from rqvae.encoder import chunk_documents, token_documents
+from rqvae.latent_model import CodeEmbedding
+from rqvae.layers import HeadOutput
+from rqvae.rq_vae import RQVAEOutput
+
+
+class AnchorCodec(Codec):
+    """K tokens <-> D of them (the anchors), evenly spaced, the last token of the chunk among them.
+
+    A code is the token at its place, or V where there is none. -log p(x) = NLL(codes) + NLL(other tokens | codes) is
+    a bound only for the codes that say where a document begins on the chunk grid: every text has one code sequence.
+
+    Args:
+        config: with `model: anchor`.
+
+    Raises:
+        ValueError: the configuration is of another codec.
+    """
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__(config)
+        if config.model != "anchor":
+            raise ValueError(f"an AnchorCodec needs model: anchor, not {config.model}")
+        factor, levels = config.compression_factor, config.codebook_levels
+        self.absent = config.backbone.architecture.vocab_size
+        self.places = [(level + 1) * factor // levels - 1 for level in range(levels)]
+        is_anchor = torch.zeros(factor, dtype=torch.bool)
+        is_anchor[self.places] = True
+        self.register_buffer("is_anchor", is_anchor, persistent=False)
+        # The first anchor at or after every place.
+        next_level = is_anchor.long().cumsum(0) - is_anchor.long()
+        self.register_buffer("next_level", next_level, persistent=False)
+        self.embedding = CodeEmbedding(config.codebook_sizes, config.codebook_dim)
+        self.decoder = TextDecoder(config)
+
+    is_anchor: Tensor
+    next_level: Tensor
+
+    def load_backbone(self, source: str) -> None:
+        """Initialise the decoder's backbone and head from a causal LM in Hugging Face layout.
+
+        Raises:
+            ValueError: `backbone.decoder` asks for something else.
+        """
+        if self.decoder.backbone is None or self.config.backbone.decoder != "same":
+            raise ValueError(
+                "backbone.pretrained: an anchor codec has a decoder only; use backbone.decoder: same"
+            )
+        load_pretrained(source, self.decoder.backbone, self.decoder.head)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """What `load_backbone` fills and the frozen warm-up leaves alone; all else is new."""
+        if self.decoder.backbone is not None and self.config.backbone.decoder == "same":
+            yield from self.decoder.backbone.parameters()
+            yield from self.decoder.head.parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        num_tokens: Tensor | None = None,
+    ) -> RQVAEOutput:
+        """Score the tokens between the anchors; those at anchors are certain. Arguments as in `RQVAE.forward`."""
+        document_ids = token_documents(
+            input_ids, attention_mask, document_ids, self.config.compression_factor
+        )
+        real = document_ids > 0
+        if num_tokens is None:
+            num_tokens = real.sum().clamp(min=1)
+        codes = self._codes(input_ids, document_ids)
+        latents = self.embed(codes)
+        unknown = real & ~self._at_anchors(input_ids)
+        documents = chunk_documents(document_ids, self.config.compression_factor)
+        out: HeadOutput = self.decoder(latents, documents, input_ids, unknown / num_tokens)
+        nothing = torch.zeros_like(out.loss)
+        return RQVAEOutput(
+            loss=out.loss,
+            reconstruction_loss=out.loss,
+            commitment_loss=nothing,
+            rate_loss=nothing,
+            codes=codes,
+            latents=latents,
+            nats=out.nats.view_as(input_ids),
+            correct=(out.correct.view_as(real) | ~unknown) & real,
+            distortion=nothing.new_zeros(self.config.codebook_levels),
+        )
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Sum of the embeddings of the codes: LongTensor [..., D] -> [..., codebook_dim]."""
+        return self.embedding(codes).sum(-2)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `Codec.encode`; there is nothing to sample."""
+        return self._codes(
+            input_ids,
+            token_documents(input_ids, attention_mask, document_ids, self.config.compression_factor),
+        )
+
+    def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """See `Codec.decode`; certain at anchors. Anchors of levels that are left out count as places without a
+        token."""
+        missing = self.config.codebook_levels - codes.shape[-1]
+        codes = nn.functional.pad(codes, (0, missing), value=self.absent)
+        if document_ids is None:
+            document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
+        with torch.inference_mode():
+            logits: Tensor = self.decoder(self.embed(codes), document_ids)
+            known = self._spread(codes)
+            is_known = (known < self.absent)[..., None]
+            certain = torch.full_like(logits, -torch.inf)
+            certain.scatter_(-1, known.clamp(0, self.absent - 1)[..., None], 0.0)
+            return torch.where(is_known, certain, logits)
+
+    def new_decoder_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
+        """Empty cache for `decode_block`."""
+        return self.decoder.new_cache(batch_size, max_latents)
+
+    @torch.inference_mode()
+    def decode_block(
+        self,
+        codes: Tensor,
+        documents: Tensor,
+        cache: DecoderCache,
+        choose: Callable[[Tensor], Tensor] = most_likely,
+    ) -> Tensor:
+        """See `Codec.decode_block`. Without a token: anchors that say so, and what stands before the first anchor of
+        a chunk that begins without one."""
+        hidden = self.decoder.hidden_states(self.embed(codes), documents, cache)
+        known = self._spread(codes)
+        is_present = codes < self.absent
+        # Padding on the left: absent anchors before a present one.
+        is_left = ~is_present & (is_present.flip(-1).cumsum(-1).flip(-1) > 0)
+        is_hole = is_left[..., self.next_level].flatten(1) | (
+            self._at_anchors(known) & (known == self.absent)
+        )
+        wanted = ~self._at_anchors(known) & ~is_hole
+        tokens = torch.where(is_hole, -1, known)
+        tokens[wanted] = choose(self.decoder.head(hidden[wanted]))
+        return tokens
+
+    def _codes(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
+        tokens = torch.where(document_ids > 0, input_ids, self.absent)
+        return tokens.view(tokens.shape[0], -1, self.config.compression_factor)[..., self.places]
+
+    def _at_anchors(self, tokens: Tensor) -> Tensor:
+        """BoolTensor [B, S * K]: the place of an anchor."""
+        return self.is_anchor.repeat(tokens.shape[1] // len(self.is_anchor)).expand_as(tokens)
+
+    def _spread(self, codes: Tensor) -> Tensor:
+        """Codes [B, S, D] at their tokens' places, V elsewhere: [B, S * K]."""
+        spread = codes.new_full((*codes.shape[:2], self.config.compression_factor), self.absent)
+        spread[..., self.places] = codes
+        return spread.flatten(1)
