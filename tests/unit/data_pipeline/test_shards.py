@@ -12,7 +12,8 @@ import webdataset
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.errors import CorruptShardError, MissingShardError
 from data_pipeline.packing import PackedSample
-from data_pipeline.shards import ShardReader, samples_per_member, write_token_shard
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards import samples_per_member, write_token_shard
 
 ARRAYS = ("segments", "tokens")
 
