@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +38,9 @@ class Permutation:
         """The elements at these positions of the order, shape kept."""
         values = np.asarray(positions).astype(np.uint64)
         domain = 1 << 2 * self._half_bits
-        step = self._encrypt
+        step: Callable[[NDArray[np.uint64]], NDArray[np.uint64]] = self._encrypt
         if domain <= _TABLE_PER_POSITION * values.size:  # the whole domain once is less than the walk
-            step = self._encrypt(np.arange(domain, dtype=np.uint64)).__getitem__
+            step = self._encrypt(np.arange(domain, dtype=np.uint64)).take
         flat = step(values.reshape(-1))
         outside = np.flatnonzero(flat >= self.size)
         while len(outside):

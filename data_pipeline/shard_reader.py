@@ -128,7 +128,7 @@ class ShardReader:
         if not 0 < end - begin <= _READ_TOGETHER:
             return [self.read(array, [sample])[0] for array in self._arrays]
         data = os.pread(self._file, end - begin, begin)
-        rows = []
+        rows: list[bytes] = []
         place = iter(places)
         for offset, size, crc in zip(place, place, place, strict=True):
             start = offset - begin
