@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import ValidationError
 
-from data_pipeline.dataset import Batch, Indices, TokenDataset, read_rows, require_shards
+from data_pipeline.dataset import Batch, Indices, TokenDataset, require_shards
 from data_pipeline.errors import (
     CodecMismatchError,
     CorruptShardError,
@@ -31,7 +31,8 @@ from data_pipeline.errors import (
 )
 from data_pipeline.files import sha256_json, write_json
 from data_pipeline.manifest import SPLITS, load_manifest, read_json
-from data_pipeline.shards import Group, ShardReader, tar_path, write_tar
+from data_pipeline.shard_reader import ShardReader, read_rows
+from data_pipeline.shards import Group, tar_path, write_tar
 from rqvae.config import StrictModel
 
 CODE_FORMAT = "rqvae-code-shards"

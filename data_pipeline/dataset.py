@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from data_pipeline.errors import EmptySplitError, MissingShardError
 from data_pipeline.manifest import load_manifest
 from data_pipeline.packing import LENGTH, NUM_BYTES, SEGMENT_COLUMNS, START
-from data_pipeline.shards import ShardReader, tar_path
+from data_pipeline.shard_reader import ShardReader, read_rows, read_samples, stays_in_memory
+from data_pipeline.shards import tar_path
 
 Batch = dict[str, Tensor]
 Indices = Sequence[int] | NDArray[np.integer]
@@ -68,6 +69,7 @@ class TokenDataset:
         self._dtype = np.dtype(manifest.token_dtype)
         self._folder = self.directory / split
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._stays_in_memory = stays_in_memory(sum(shard.file_bytes for shard in self.shards))
         self._check_shards()
         self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
@@ -95,7 +97,14 @@ class TokenDataset:
 
     def _open(self, shard_index: int) -> ShardReader:
         shard = self.shards[shard_index]
-        return ShardReader(self._folder, shard.name, TOKEN_ARRAYS, shard.samples, shard.file_bytes)
+        return ShardReader(
+            self._folder,
+            shard.name,
+            TOKEN_ARRAYS,
+            shard.samples,
+            shard.file_bytes,
+            read_around=self._stays_in_memory,
+        )
 
     def read_segments(self, indices: Indices) -> list[NDArray[np.int64]]:
         """[m, 6] segments of each of these samples, columns as in `packing.SEGMENT_COLUMNS`."""
@@ -113,12 +122,8 @@ class TokenDataset:
             CorruptShardError: names the shard and the sample whose bytes are damaged.
             IndexError: there is no such sample.
         """
-        shards, samples = self.locate(indices)
-        rows = [
-            self._reader(shard).read_sample(sample)
-            for shard, sample in zip(shards.tolist(), samples.tolist(), strict=True)
-        ]
-        return assemble([row[1] for row in rows], [row[0] for row in rows], indices, self._dtype)
+        segments, tokens = read_samples(self._reader, *self.locate(indices))
+        return assemble(tokens, segments, indices, self._dtype)
 
 
 def assemble(
@@ -166,20 +171,3 @@ def require_shards(folder: Path, names: Sequence[str], made_by: str) -> None:
             raise MissingShardError(
                 f"{tar_path(folder, name)}: listed in the manifest but not there; restore it or {made_by} again"
             )
-
-
-def read_rows(
-    open_shard: Callable[[int], ShardReader],
-    array: str,
-    shards: NDArray[np.int64],
-    samples: NDArray[np.int64],
-) -> list[bytes]:
-    """The bytes of samples that may lie in several shards, in the order asked for."""
-    rows: list[bytes] = [b""] * len(shards)
-    for shard in np.unique(shards).tolist():
-        positions = np.flatnonzero(shards == shard)
-        for position, row in zip(
-            positions.tolist(), open_shard(shard).read(array, samples[positions]), strict=True
-        ):
-            rows[position] = row
-    return rows

@@ -44,13 +44,9 @@ class MixtureError(DatasetError):
     """The datasets of a mixture do not fit together."""
 
 
-class DataWorkerError(RuntimeError):
-    """A process that reads data died."""
-
-
 class SourceError(ValueError):
     """The text cannot be read: files missing, a column missing, no network."""
 
 
 class WorkerError(ValueError):
-    """A worker process was killed from outside; what is done is kept."""
+    """A process that builds or reads data was killed from outside; a build keeps what is done."""

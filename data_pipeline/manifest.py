@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from data_pipeline.errors import CorruptShardError, FormatVersionError, NotADatasetError
 from data_pipeline.files import sha256_json
@@ -129,7 +131,21 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{directory}: holds no {MANIFEST_NAME}, so it is either not a directory of token shards or its "
             "build did not finish; run the same build command again"
         )
-    return checked_manifest(read_json(path), str(path))
+    there = path.stat()
+    return _load(path, (there.st_ino, there.st_size, there.st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def _load(path: Path, _: tuple[int, int, int]) -> Manifest:
+    """The manifest in a file as it stands; once, as all splits open it and 10^5 shards take a second or more."""
+    return checked_manifest(_parse(path.read_bytes(), str(path)), str(path))
+
+
+def _parse(content: bytes, path: str) -> Any:
+    try:
+        return from_json(content)  # half the time of json.loads
+    except ValueError as error:
+        raise CorruptShardError(f"{path}: not readable as JSON: {error}") from error
 
 
 def checked_manifest(values: Any, path: str) -> Manifest:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
+_TABLE_PER_POSITION = 4
+"""Elements of the domain per position asked for, up to which all of them are enciphered at once."""
 
 
 class Permutation:
@@ -34,10 +37,14 @@ class Permutation:
     def __call__(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
         """The elements at these positions of the order, shape kept."""
         values = np.asarray(positions).astype(np.uint64)
-        flat = self._encrypt(values.reshape(-1))
+        domain = 1 << 2 * self._half_bits
+        step: Callable[[NDArray[np.uint64]], NDArray[np.uint64]] = self._encrypt
+        if domain <= _TABLE_PER_POSITION * values.size:  # the whole domain once is less than the walk
+            step = self._encrypt(np.arange(domain, dtype=np.uint64)).take
+        flat = step(values.reshape(-1))
         outside = np.flatnonzero(flat >= self.size)
         while len(outside):
-            flat[outside] = self._encrypt(flat[outside])
+            flat[outside] = step(flat[outside])
             outside = outside[flat[outside] >= self.size]
         return flat.astype(np.int64).reshape(values.shape)
 

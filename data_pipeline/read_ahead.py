@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
-from data_pipeline.errors import DataWorkerError
+from data_pipeline.errors import WorkerError
 
 Request = tuple[int, np.ndarray]
 """A step, and the indices of its samples and of those of the steps after it."""
@@ -53,7 +53,7 @@ def read_in_processes(
     """Processes of torch's DataLoader read ahead. They end with this one, within seconds of its death.
 
     Raises:
-        DataWorkerError: a worker died. Errors of `read` arrive as they are.
+        WorkerError: a worker died. Errors of `read` arrive as they are.
     """
     loader = torch.utils.data.DataLoader(
         _Reads(read),
@@ -83,7 +83,7 @@ def read_in_processes(
     finally:
         del iterator, loader  # ends the processes, also where a traceback holds on to this frame
     # Not raised from torch's error, whose traceback would keep the other processes alive.
-    raise DataWorkerError(
+    raise WorkerError(
         f"a process that reads data died ({problem}). If it was killed, the machine may be out of memory: lower "
         "train.num_workers, or set train.worker_kind=thread"
     )

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ from data_pipeline.shards import parse_index
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 """Bytes asked of the store at a time."""
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_TOKEN_MEMBER = re.compile(rf"[^/.]+\.({'|'.join(TOKEN_ARRAYS)})\.npy")
 _PICKLED = (".pyd", ".pickle", ".pkl", ".pth", ".pt")
 
 
@@ -186,26 +189,39 @@ class _CheckedTar:
     def _check_header(self, block: bytes) -> int:
         """The size of the member that this header announces."""
         try:
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-        except tarfile.HeaderError as error:
+            name, kind, size = _parse_header(block)
+        except ValueError as error:
             raise self._refusal(CorruptShardError, f"damaged tar header ({error})", self._header) from None
-        refused = ""
-        if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        if kind in _REGULAR and _TOKEN_MEMBER.fullmatch(name):
+            return size
+        refused = "is neither tokens nor segments"
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
             refused = "would leave the directory that the tar is extracted to"
-        elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        elif kind not in _REGULAR:
             refused = "is a link or another special file"
-        elif member.name.endswith(_PICKLED):
+        elif name.endswith(_PICKLED):
             refused = "is a pickle, which can run any program"
-        elif not member.name.endswith(tuple(f".{array}.npy" for array in TOKEN_ARRAYS)):
-            refused = "is neither tokens nor segments"
-        if refused:
-            what = f"the member {member.name!r} {refused}: refused; restore the shard or build again"
-            raise self._refusal(UnsafeShardError, what, self._header)
-        return member.size
+        what = f"the member {name!r} {refused}: refused; restore the shard or build again"
+        raise self._refusal(UnsafeShardError, what, self._header)
 
     def _refusal(self, kind: type[DatasetError], what: str, position: int) -> _RefusedError:
         sample = np.searchsorted(self._index["tokens"]["offset"], position)
         return _RefusedError(kind(f"{self._url}: at sample {min(sample, len(self._index) - 1)}: {what}"))
+
+
+def _parse_header(block: bytes) -> tuple[str, bytes, int]:
+    """Name, type and size of the member that a USTAR header announces; `tarfile` takes five times as long.
+
+    Raises:
+        ValueError: it is damaged, or no header of ours.
+    """
+    if len(block) != _BLOCK or block[257:265] != b"ustar\x0000":
+        raise ValueError("no USTAR header")
+    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != int(block[148:154], 8):
+        raise ValueError("bad checksum")
+    prefix = block[345:500].rstrip(b"\0").decode()
+    name = block[:100].rstrip(b"\0").decode()
+    return f"{prefix}/{name}" if prefix else name, block[156:157], int(block[124:135], 8)
 
 
 def read_pieces(store: ShardStore, pieces: Sequence[Piece]) -> webdataset.DataPipeline:
@@ -282,9 +298,10 @@ def _next_group(groups: Iterator[dict[str, Any]], url: str, rows: range) -> Mapp
 def _split(group: Mapping[str, Any], array: str, places: NDArray[Any], url: str, rows: range) -> list[bytes]:
     """The bytes of each sample's rows, checked."""
     content = group.get(f"{array}.npy", b"")
-    start = len(content) - int(places["size"].sum())
+    known = places.tolist()
+    start = len(content) - sum(size for _, size, _ in known)
     parts = []
-    for row, (_, size, crc) in zip(rows, places.tolist(), strict=True):
+    for row, (_, size, crc) in zip(rows, known, strict=True):
         part = content[start : start + size] if start >= 0 else b""
         if len(part) != size or zlib.crc32(part) != crc:
             raise CorruptShardError(

@@ -1,16 +1,14 @@
 """The shard format: an uncompressed tar of .npy members, and beside it an index of every sample's bytes.
 
 A member holds the rows of several samples; the index says where each row lies in the tar and what its crc32
-is, so a sample is read by one `pread` per array and checked every time. The tar is an ordinary one: stock
-`webdataset` reads it without the index.
+is, so single samples are read and checked (`shard_reader`). The tar is an ordinary one: stock `webdataset` reads it
+without the index.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import os
-import struct
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import CorruptShardError, MissingShardError
+from data_pipeline.errors import CorruptShardError
 from data_pipeline.files import HashingFile, atomic_writer, sha256_file
 from data_pipeline.manifest import ShardEntry
 from data_pipeline.packing import LENGTH, NUM_BYTES, ROW, PackedSample
@@ -28,10 +26,6 @@ from data_pipeline.packing import LENGTH, NUM_BYTES, ROW, PackedSample
 # Where one sample's rows of one array lie: offset and size in the tar in bytes, crc32 of those bytes.
 _PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 _BLOCK = tarfile.BLOCKSIZE
-_SINGLE_ROWS = 64
-"""Rows of an index that are read one by one before all are: with many shards, each is asked for a few only."""
-_READ_TOGETHER = 1 << 15
-"""Bytes up to which it is cheaper to read what lies between two rows than to read them one by one."""
 
 
 def index_dtype(arrays: Sequence[str]) -> np.dtype:
@@ -153,7 +147,7 @@ def write_token_shard(
     )
 
 
-def _npy_header(dtype: np.dtype, rows: int) -> bytes:
+def npy_header(dtype: np.dtype, rows: int) -> bytes:
     """How a .npy file of this type and length begins. A header is compared, never parsed: it may be damaged."""
     buffer = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
@@ -168,124 +162,15 @@ def parse_index(content: bytes, path: str, arrays: Sequence[str], samples: int) 
         CorruptShardError: it is not an index of so many samples.
     """
     expected = index_dtype(sorted(arrays))
-    header = _npy_header(expected, samples)
+    header = npy_header(expected, samples)
     if content[: len(header)] != header or len(content) != len(header) + samples * expected.itemsize:
-        raise _stale_index(path, samples)
+        raise stale_index(path, samples)
     return np.frombuffer(content, dtype=expected, offset=len(header))
 
 
-def _stale_index(path: str, samples: int) -> CorruptShardError:
+def stale_index(path: str, samples: int) -> CorruptShardError:
+    """The error of an index that is not one of so many samples."""
     name = Path(path).name.removesuffix(".index.npy")
     return CorruptShardError(
         f"{path}: stale or damaged index of shard {name}: not {samples} rows as the manifest says"
     )
-
-
-class ShardReader:
-    """Reads single samples of one shard, checking every byte it returns. Safe to use from several threads.
-
-    Args:
-        arrays: names of the arrays in the tar.
-        samples: how many the manifest says there are.
-        file_bytes: size of the tar by the manifest.
-
-    Raises:
-        MissingShardError: the tar or its index is not there.
-        CorruptShardError: either has another size than the manifest says.
-    """
-
-    def __init__(
-        self, directory: Path, name: str, arrays: Sequence[str], samples: int, file_bytes: int
-    ) -> None:
-        self.path = tar_path(directory, name)
-        index = index_path(directory, name)
-        for path in (self.path, index):
-            if not path.is_file():
-                raise MissingShardError(
-                    f"{path}: listed in the manifest but not there; restore it or build again"
-                )
-        self._arrays = sorted(arrays)
-        self._row = struct.Struct("<" + "QII" * len(arrays))  # one row of the index
-        self._index = os.open(index, os.O_RDONLY)
-        header = _npy_header(index_dtype(self._arrays), samples)
-        size = os.fstat(self._index).st_size
-        if size != len(header) + samples * self._row.size or os.pread(self._index, len(header), 0) != header:
-            raise _stale_index(str(index), samples)
-        self._first_row, self._samples = len(header), samples
-        self._asked = 0
-        self._rows: bytes | None = None
-        self._file = os.open(self.path, os.O_RDONLY)
-        self._file_bytes = os.fstat(self._file).st_size
-        if self._file_bytes != file_bytes:
-            raise CorruptShardError(
-                f"{self.path}: {self._file_bytes} bytes where the manifest says {file_bytes}: cut or replaced"
-            )
-
-    def __del__(self) -> None:  # closed when the last thread lets go of it, never under a running pread
-        for name in ("_index", "_file"):
-            if hasattr(self, name):
-                os.close(getattr(self, name))
-
-    def _places(self, sample: int) -> tuple[int, ...]:
-        """Offset, size and crc32 of a sample's rows of every array, the arrays in the order of their names."""
-        if not 0 <= sample < self._samples:
-            raise IndexError(f"sample {sample} of {self._samples} in {self.path}")
-        if self._rows is not None:
-            return self._row.unpack_from(self._rows, sample * self._row.size)
-        self._asked += 1
-        if self._asked <= _SINGLE_ROWS:
-            return self._row.unpack(self._read_index(sample * self._row.size, self._row.size))
-        self._rows = self._read_index(0, self._samples * self._row.size)
-        return self._row.unpack_from(self._rows, sample * self._row.size)
-
-    def _read_index(self, offset: int, size: int) -> bytes:
-        found = os.pread(self._index, size, self._first_row + offset)
-        if len(found) != size:
-            raise CorruptShardError(
-                f"{self.path}: its index was cut while it was in use; restore or rebuild the shard"
-            )
-        return found
-
-    def read_sample(self, sample: int) -> list[bytes]:
-        """The bytes of one sample's rows of every array, the arrays in the order of their names.
-
-        The arrays of a sample lie in neighbouring members, so that one `pread` mostly fetches them all.
-
-        Raises:
-            CorruptShardError: as `read`.
-        """
-        places = self._places(sample)
-        begin, end = places[0], places[-3] + places[-2]
-        if not 0 < end - begin <= _READ_TOGETHER:
-            return [self.read(array, [sample])[0] for array in self._arrays]
-        data = os.pread(self._file, end - begin, begin)
-        rows = []
-        for number, array in enumerate(self._arrays):
-            offset, size, crc = places[3 * number : 3 * number + 3]
-            row = data[offset - begin : offset - begin + size] if offset >= begin else b""
-            if len(row) != size or zlib.crc32(row) != crc:
-                raise self._damaged(array, sample)
-            rows.append(row)
-        return rows
-
-    def read(self, array: str, samples: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
-        """The bytes of these samples' rows of `array`, one string a sample.
-
-        Raises:
-            CorruptShardError: they are not the bytes that were written; names the first such sample.
-        """
-        rows = []
-        field = 3 * self._arrays.index(array)
-        for sample in np.asarray(samples).tolist():
-            offset, size, crc = self._places(sample)[field : field + 3]
-            data = os.pread(self._file, size, offset) if offset + size <= self._file_bytes else b""
-            if len(data) != size or zlib.crc32(data) != crc:
-                raise self._damaged(array, sample)
-            rows.append(data)
-        return rows
-
-    def _damaged(self, array: str, sample: int) -> CorruptShardError:
-        return CorruptShardError(
-            f"{self.path}: sample {sample} is damaged: its {array} do not match the index (crc32); run "
-            "'python -m data_pipeline verify' on the directory and restore or rebuild the shard"
-        )

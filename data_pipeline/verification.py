@@ -14,7 +14,8 @@ from data_pipeline.files import sha256_file
 from data_pipeline.manifest import Manifest, ShardEntry, load_manifest
 from data_pipeline.packing import DOCUMENT, LENGTH, NUM_BYTES, PHASE, SEGMENT_COLUMNS, START
 from data_pipeline.progress import Progress
-from data_pipeline.shards import ShardReader, index_path, tar_path
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards import index_path, tar_path
 from data_pipeline.tokenizer import tokenizer_hash
 
 

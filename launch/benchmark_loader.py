@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch.environment import describe_environment
-from launch.loader_rows import OURS, PEERS, LoaderShape, OurRow, Row
+from launch.loader_rows import OURS, PEERS, LoaderShape, Row
 
 _LONGEST_S = 2.0
 SHAPE = LoaderShape(samples=16_384, length=1_024, batch=8)
@@ -63,7 +63,7 @@ def _written(
     rows: list[Row] = []
     missing = []
     for kind in (*OURS, *PEERS):
-        row = kind(root / ("ours" if issubclass(kind, OurRow) else kind.name), shape)
+        row = kind(root / kind.name, shape)
         try:
             row.write(tokens)
             rows.append(row)

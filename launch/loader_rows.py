@@ -22,6 +22,9 @@ from data_pipeline.packing import SEGMENT_COLUMNS, PackedSample
 from data_pipeline.shards import samples_per_member, write_token_shard
 
 _SHARD_BYTES = 16 << 20
+_MEMBER_BYTES = 8 << 10
+_STREAMED_MEMBER_BYTES = 64 << 10
+"""Of what is read from end to end: a member costs webdataset as much as many samples."""
 _SHUFFLE = 1024
 _DOCUMENT = 700
 """Tokens of a document, about FineWeb's mean."""
@@ -70,17 +73,16 @@ class OurRow(Row):
 
     name = "StepLoader"
     package = "rqvae-text"
+    member_bytes = _MEMBER_BYTES
 
     def write(self, tokens: NDArray[np.uint16]) -> None:  # noqa: D102
-        if (self.directory / MANIFEST_NAME).exists():
-            return
         length, grid = self.shape.length, 4
         starts = np.arange(0, length, min(_DOCUMENT // grid * grid, length))
         lengths = np.diff([*starts, length])
         segments = np.zeros((len(starts), len(SEGMENT_COLUMNS)), dtype=np.int64)
         segments[:, 1], segments[:, 2], segments[:, 4] = starts, lengths, 4 * lengths
         per_shard = max(1, _SHARD_BYTES // tokens[0].nbytes)
-        size = samples_per_member(tokens[0].nbytes, 8192)
+        size = samples_per_member(tokens[0].nbytes, self.member_bytes)
         shards = [
             write_token_shard(
                 self.directory / "train",
@@ -126,6 +128,7 @@ class OurStreamRow(OurRow):
     """In sequence, through webdataset."""
 
     name = "StreamLoader"
+    member_bytes = _STREAMED_MEMBER_BYTES
 
     def batches(self, num_workers: int, seed: int, start_step: int = 0) -> Iterator[Tensor]:  # noqa: D102
         with StreamLoader(
@@ -150,7 +153,7 @@ class WebDatasetRow(Row):
         import webdataset
 
         self.directory.mkdir(parents=True)
-        size = samples_per_member(tokens[0].nbytes, 8192)
+        size = samples_per_member(tokens[0].nbytes, _STREAMED_MEMBER_BYTES)
         pattern = str(self.directory / "shard-%06d.tar")
         with webdataset.ShardWriter(pattern, maxsize=_SHARD_BYTES, verbose=0) as writer:
             for first in range(0, len(tokens), size):

@@ -17,6 +17,7 @@ from data_pipeline.errors import (
     MissingShardError,
     NotADatasetError,
 )
+from data_pipeline.manifest import load_manifest
 
 
 def test_a_batch_is_what_was_packed(built: Path) -> None:
@@ -55,6 +56,16 @@ def test_the_whole_text_comes_back(built: Path, documents: list[dict[str, str]])
         texts += [tokenizer.decode(piece[:-1]) for piece in pieces[:-1]]
     assert sorted(texts) == sorted(row["text"] for row in documents)
     assert total_bytes == sum(len(row["text"].encode()) for row in documents)
+
+
+def test_a_manifest_is_parsed_once_for_all_splits(built: Path, tmp_path: Path) -> None:
+    manifest = TokenDataset(built, "train").manifest
+    assert TokenDataset(str(built), "validation").manifest is manifest
+    shutil.copy(built / "manifest.json", tmp_path)
+    assert load_manifest(tmp_path) == manifest
+    (tmp_path / "manifest.json").write_text((built / "manifest.json").read_text().replace("train", "trail"))
+    with pytest.raises(CorruptShardError, match="does not match its fingerprint"):
+        load_manifest(tmp_path)
 
 
 def test_indices_outside_are_refused(built: Path) -> None:

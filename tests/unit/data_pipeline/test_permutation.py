@@ -26,6 +26,13 @@ def test_seeds_and_epochs_give_unrelated_orders() -> None:
             assert (orders[one] == orders[other]).mean() < 0.005
 
 
+@pytest.mark.parametrize("size", [1, 5, 16, 17, 1000])
+def test_all_at_once_and_one_by_one_are_the_same(size: int) -> None:
+    permutation = Permutation(size, 3, 1)
+    at_once = permutation(np.arange(size))
+    assert at_once.tolist() == [int(permutation(np.array([place]))[0]) for place in range(size)]
+
+
 def test_small_sizes_reach_all_orders() -> None:
     seen = {tuple(Permutation(3, seed, 0)(np.arange(3)).tolist()) for seed in range(200)}
     assert len(seen) == 6

@@ -12,7 +12,8 @@ import webdataset
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.errors import CorruptShardError, MissingShardError
 from data_pipeline.packing import PackedSample
-from data_pipeline.shards import ShardReader, samples_per_member, write_token_shard
+from data_pipeline.shard_reader import ShardReader, read_samples
+from data_pipeline.shards import samples_per_member, write_token_shard
 
 ARRAYS = ("segments", "tokens")
 
@@ -63,6 +64,27 @@ def test_single_samples_are_read_back(tmp_path: Path) -> None:
         (row,) = reader.read("segments", [number])
         segments = np.frombuffer(row, "<i8").reshape(-1, 6)
         assert np.array_equal(segments[:, 1:], samples[number].segments[:, 1:])
+
+
+@pytest.mark.parametrize("read_around", [False, True])
+def test_samples_of_several_shards_come_in_the_order_asked_for(tmp_path: Path, read_around: bool) -> None:
+    samples = make_samples(150)
+    readers = []
+    for shard in range(2):
+        entry = write_token_shard(tmp_path, f"s{shard}", "k-", samples[75 * shard :][:75], 4)
+        readers.append(
+            ShardReader(tmp_path, entry.name, ARRAYS, 75, entry.file_bytes, read_around=read_around)
+        )
+    order = np.random.default_rng(0).permutation(150)
+    segments, tokens = read_samples(readers.__getitem__, *np.divmod(order, 75))
+    assert tokens == [samples[number].tokens.tobytes() for number in order]
+    assert [len(row) for row in segments] == [samples[number].segments.nbytes for number in order]
+    content = bytearray((tmp_path / "s1.index.npy").read_bytes())
+    content[-75 * 32 + 7] ^= 0xFF  # the highest byte of an offset
+    (tmp_path / "s1.index.npy").write_bytes(content)
+    readers[1] = ShardReader(tmp_path, "s1", ARRAYS, 75, readers[1]._file_bytes, read_around=read_around)
+    with pytest.raises(CorruptShardError, match=r"s1\.tar: sample 0 is damaged"):
+        read_samples(readers.__getitem__, np.array([0, 1]), np.array([3, 0]))
 
 
 def test_missing_and_mismatched_files_are_refused(tmp_path: Path) -> None:
