@@ -106,9 +106,7 @@ class _FlatTransformerSteps(CodeSteps):
         if self._documents is not None:
             self._documents = self._documents[rows]
 
-    def append(
-        self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None
-    ) -> None:
+    def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         self._step(codes[:, -1], 0)
 
     def _step(self, previous: Tensor, level: int) -> None:

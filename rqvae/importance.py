@@ -1,14 +1,14 @@
 """A tighter bound on the likelihood of text: importance sampling of its codes, position by position.
 
-p(x) = sum over codes of p(c) p(x | c) is estimated by S particles that are drawn from q(c | x) = softmax(-distance^2 /
-temperature) level by level, weighed at every latent position j by
+p(x) = sum over codes of p(c) p(x | c) is estimated by S particles that are drawn from q(c | x) = softmax(-distance^2
+/ temperature) level by level, weighed at every latent position j by
 
     w_j = p(c_j | c_<j) p(x_j | c_<=j) / q(c_j | x),
 
 and resampled in proportion to their weights before the next position. The product over positions of the mean weights
-is an unbiased estimate of p(x), whatever S (Del Moral 2004; Andrieu 2010, section 4.1), so that by Jensen's inequality
-E[-log estimate] >= -log p(x): a bound (Maddison 2017, equation 6: FIVO). With S = 1 it is the stochastic bound; it
-falls towards the exact likelihood as S grows.
+is an unbiased estimate of p(x), whatever S (Del Moral 2004; Andrieu 2010, section 4.1), so that by Jensen's
+inequality E[-log estimate] >= -log p(x): a bound (Maddison 2017, equation 6: FIVO). With S = 1 it is the stochastic
+bound; it falls towards the exact likelihood as S grows.
 
 Why not simpler:
 - Averaging the weights of S independent draws at each position, with the context of one of them, is no bound: the

@@ -105,9 +105,7 @@ class CodeSteps(ABC):
         """
 
     @abstractmethod
-    def append(
-        self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None
-    ) -> None:
+    def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         """Make what was drawn part of the context.
 
         Args:

@@ -4,8 +4,8 @@
 could have produced x, so the sum can only be too large.
 
 `stochastic_bound`: -log p(x) <= E_q[NLL(x | c)] + KL(q || prior) for codes drawn from q(c | x), the negative evidence
-lower bound (Kingma 2014, equation 3). It is what a codec with a rate term is trained on, and what stochastic codes have
-to be judged by: bits of a code that do not help reconstruction cost nothing in it.
+lower bound (Kingma 2014, equation 3). It is what a codec with a rate term is trained on, and what stochastic codes
+have to be judged by: bits of a code that do not help reconstruction cost nothing in it.
 
 `rqvae/importance.py` has a tighter and dearer one. All of them bound the same p(x) = sum over codes of p(c) p(x | c).
 """
@@ -78,8 +78,8 @@ def stochastic_bound(
 ) -> LatentBound:
     """Score packed documents with one draw of stochastic codes per sample: E_q[-log p(x | c)] + KL(q || prior).
 
-    q is that of `ResidualQuantizer.sample`. The divergence of every level is summed over its codes, given the draws of
-    the levels and positions before, so that only the path is random; the expectation over the draw is the bound.
+    q is that of `ResidualQuantizer.sample`. The divergence of every level is summed over its codes, given the draws
+    of the levels and positions before, so that only the path is random; the expectation over the draw is the bound.
 
     Args:
         input_ids: LongTensor [B, T].

@@ -288,9 +288,7 @@ class _RQTransformerSteps(CodeSteps):
         if self._documents is not None:
             self._documents = self._documents[rows]
 
-    def append(
-        self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None
-    ) -> None:
+    def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         mask = None
         if self._documents is not None:
             self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
