@@ -27,7 +27,8 @@ from rqvae import BaseLM
 TASKS = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "wikitext")
 HIGHER_BOUNDS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 """Metrics of likelihoods: bounds from above where these are bounds."""
-SPLITS = ("train", "validation", "test")
+SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+"""Names of files, and of the harness's settings for them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,6 +124,8 @@ def local_tasks(directory: Path, tasks: list[str]) -> list[dict[str, Any]]:
                 "dataset_path": "json",
                 "dataset_name": None,
                 "dataset_kwargs": {"data_files": there},
+                # It looks for examples in the training split even when it shows none.
+                **{setting: None for split, setting in SPLITS.items() if split not in there},
             }
         )
     return [{"group": "local", "task": members}]

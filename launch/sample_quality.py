@@ -54,7 +54,7 @@ def quality_report(
         }
         if base_lm is not None:
             nats, features[name] = judge(base_lm, prompts, samples)
-            report[name]["base_lm_perplexity"] = float(np.exp(nats / sum(map(len, samples))))
+            report[name]["base_lm_perplexity"] = float(np.exp(nats / max(1, sum(map(len, samples)))))
     for name, result in mauve_scores(features).items():
         report[name]["mauve"] = result
     report["samples"], report["prompt_tokens"] = len(texts), PROMPT_TOKENS
