@@ -78,29 +78,13 @@ def figures(report: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 def test_figures_do_not_depend_on_batches_or_ranks(project: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, directory = project
-    result = run(
-        [
-            *[
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-                "launch/eval.py",
-            ],
-            *[
-                "--model",
-                str(directory),
-                "--data",
-                config.data.directory,
-                "--json",
-                str(tmp_path / "two.json"),
-            ],
-            *["--config", str(NANO), *SETTINGS, "evaluation.batch_size=3"],
-            *[f"data.directory={config.data.directory}", "data.source.paths=unused"],
-        ]
-    )
+    command = [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        *["launch/eval.py", "--model", str(directory), "--data", config.data.directory],
+        *["--json", str(tmp_path / "two.json"), "--config", str(NANO), *SETTINGS, "evaluation.batch_size=3"],
+        *[f"data.directory={config.data.directory}", "data.source.paths=unused"],
+    ]
+    result = run(command, timeout_s=900)
     assert result.returncode == 0, result.stdout + result.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     by_document = tmp_path / "documents.jsonl"
