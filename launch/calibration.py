@@ -48,7 +48,7 @@ def zero_rate(vae: RQVAE, mean_latent: Tensor, input_ids: Tensor, document_ids: 
     """
     documents = chunk_documents(document_ids, vae.config.compression_factor)
     latents = mean_latent.expand(*documents.shape, -1)
-    return vae.decoder(latents, documents, input_ids, (document_ids > 0).float())  # type: ignore[return-value]
+    return vae.decoder(latents, documents, input_ids, (document_ids > 0).float())
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def calibrate(
 
     def fitted(name: str) -> list[float]:
         found = [part[name] for part in parts if name in part]
-        return [best_temperature(row.tolist()) for row in sum(found)] if found else []
+        return [best_temperature(row.tolist()) for row in np.sum(found, axis=0)] if found else []
 
     def only(name: str) -> float | None:
         return next(iter(fitted(name)), None)

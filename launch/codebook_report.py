@@ -113,8 +113,8 @@ def decode_prefixes(
         for level in range(count):
             nats, correct = _decoded(vae, codes[..., :level], mean if level == 0 else None, ids, documents)
             sums[:, level] += float(nats.double().sum()), float(correct.sum()), float((documents > 0).sum())
-    nats, hits, seen = sum(ranks.gather(sums))
-    return {"nats_per_token": nats / seen, "token_accuracy": hits / seen}
+    totals = np.sum(ranks.gather(sums), axis=0)
+    return {"nats_per_token": totals[0] / totals[2], "token_accuracy": totals[1] / totals[2]}
 
 
 def _decoded(

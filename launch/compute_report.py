@@ -42,19 +42,18 @@ def compute_report(project: Path) -> dict[str, Any]:
         }
     if "rq_transformer" in configs and (encoded := _encoding(configs["rq_transformer"], project / "codes")):
         report["encoding"] = encoded
-    needed = [name for name in ("rqvae", "encoding", "rq_transformer", "joint") if name in report]
+    needed: list[str] = [name for name in ("rqvae", "encoding", "rq_transformer", "joint") if name in report]
     codec = next((configs[name] for name in ("rqvae", "joint") if name in configs), None)
     if codec is not None and codec.codec.backbone.pretrained is not None and "base_lm" in report:
         needed.insert(0, "base_lm")
-    totals = {"total_latent": needed, "total_base_lm": ["base_lm"] if "base_lm" in report else []}
-    for name, parts in totals.items():
+    for name, parts in (
+        ("total_latent", needed),
+        ("total_base_lm", ["base_lm"] if "base_lm" in report else []),
+    ):
         if parts:
-            report[name] = {
-                "parts": parts,
-                **{
-                    key: sum(report[part].get(key, 0) for part in parts)
-                    for key in ("train_tokens", "train_flops", "wall_s")
-                },
+            report[name] = {"parts": parts} | {
+                key: sum(report[part].get(key, 0) for part in parts)
+                for key in ("train_tokens", "train_flops", "wall_s")
             }
     return report
 

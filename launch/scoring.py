@@ -55,7 +55,7 @@ class Scores:
         count = int(place.max()) + 1 if len(place) else 0
 
         def add(values: Floats) -> Floats:
-            return np.bincount(place, values, minlength=count)
+            return np.bincount(place, values, minlength=count).astype(np.float64)
 
         nats = {name: add(values) for name, values in self.nats.items()}
         return add(self.tokens), add(self.num_bytes), nats
@@ -228,7 +228,7 @@ class _Scorer:
 
     def _keep_calibrated(self, watched: str, name: str) -> None:
         if watched in self._watched:
-            self._keep(name, sum(call[0].double() for call in self._watched[watched].take()))
+            self._keep(name, torch.stack([call[0] for call in self._watched[watched].take()]).double().sum(0))
 
     def _discard(self, watched: str) -> None:
         if watched in self._watched:

@@ -32,7 +32,7 @@ class DecoderCache:
         """Go on from these rows: LongTensor [B], each named any number of times."""
         self.refinement.select(rows)
         if self.backbone is not None:
-            self.backbone.reorder_cache(rows)
+            self.backbone.reorder_cache(rows)  # type: ignore[arg-type]
         self.documents = self.documents[rows]
 
 

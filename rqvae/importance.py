@@ -69,7 +69,7 @@ def importance_bound(
         raise ValueError("importance_bound takes one document per row, from its first chunk on")
     latents = codec_latents(vae, input_ids, document_ids)
     assert isinstance(vae, RQVAE)
-    particles = _Particles(vae, latent_model, *documents.shape, num_samples)
+    particles = _Particles(vae, latent_model, len(documents), documents.shape[1], num_samples)
     levels = vae.config.codebook_levels
     # One number per code and one for every resampling.
     numbers = uniform(seeds, Purpose.PARTICLES, documents.shape[1], num_samples * levels + 1)
@@ -153,7 +153,8 @@ class _Particles:
         )
         assert assignments is not None
         codes = drawn[:, 0]
-        log_q = sum(q[:, 0].gather(1, codes[:, i, None]).double().log() for i, q in enumerate(assignments))
+        shares = [q[:, 0].gather(1, codes[:, i, None])[:, 0] for i, q in enumerate(assignments)]
+        log_q = torch.stack(shares).double().log().sum(0)
         log_p = torch.zeros(len(codes), dtype=torch.float64, device=self._device)
         remaining = iter(codes.unbind(1))
 
@@ -172,7 +173,7 @@ class _Particles:
             self._cache,
         )
         token_nats = scored.nats.view(len(codes), -1).double().sum(1)
-        return codes, (log_p - token_nats - log_q[:, 0]).view(-1, self._count)
+        return codes, (log_p - token_nats - log_q).view(-1, self._count)
 
     def go_on(self, codes: Tensor, tokens: Tensor, is_token: Tensor, ancestors: Tensor) -> None:
         """Make the codes of the chosen particles, LongTensor [B, S] of 0 to S - 1, everybody's past."""

@@ -283,7 +283,7 @@ class _RQTransformerSteps(CodeSteps):
         if isinstance(self._cache, TransformerCache):
             self._cache.select(rows)
         else:
-            self._cache.reorder_cache(rows)
+            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
         self._position = self._position[rows]
         if self._documents is not None:
             self._documents = self._documents[rows]
