@@ -157,6 +157,21 @@ class EvaluationConfig(StrictModel):
     """Prompts continued by the latent model and by the base LM, side by side in the report."""
     max_new_tokens: int = Field(default=64, gt=0)
     """Tokens of each continuation."""
+    calibration_samples: int = Field(default=64, ge=0)
+    """Validation samples that temperatures and the zero-rate latent are fitted on. 0 leaves those rows out."""
+    stochastic_codes: bool = False
+    """Also the bound for stochastic codes, E[NLL(tokens | codes)] + KL(q || prior), which a codec with a rate
+    term is trained on; one more pass of decoder and latent model."""
+    importance_documents: int = Field(default=0, ge=0)
+    """Documents on which the importance-weighted bound is formed; position by position, so it is slow."""
+    importance_samples: int = Field(default=8, gt=0)
+    """Its particles per document."""
+    brier_documents: int = Field(default=128, ge=0)
+    """Documents that BrierLM is estimated on; 0 leaves it out."""
+    brier_offsets: int = Field(default=4, gt=0)
+    """Offsets in each of them."""
+    quality_samples: int = Field(default=64, ge=0)
+    """Prompts continued by every model for the figures of generation quality; 0 leaves them out."""
 
 
 class BenchmarkConfig(StrictModel):

@@ -1,8 +1,9 @@
 """Measure a chain of models on the test split and write `report.json`.
 
     python launch/eval.py --model runs/tiny/model --data runs/data/python-docs --json runs/tiny/report.json
+    torchrun --nproc-per-node 2 launch/eval.py --model ...    # each rank takes its part
 
-DIR of `--model` holds `rqvae` and, for what needs them, `rq_transformer` and `base_lm`, as
+DIR of `--model` holds `rqvae` and, for what needs them, `rq_transformer`, `base_lm` and `identity_codec`, as
 launch/convert_checkpoint.py writes them; what is not there is named and left out. All likelihoods are over the same
 real tokens, end-of-text included, and in the same context: the sample they are packed in, from the start of their
 document. The latent model's figure is a bound: NLL(codes) + NLL(tokens | codes).
@@ -11,10 +12,11 @@ document. The latent model's figure is a bound: NLL(codes) + NLL(tokens | codes)
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +24,33 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline import TokenDataset, load_tokenizer
-from data_pipeline.progress import Progress
-from launch import flops
+from data_pipeline.errors import EmptySplitError
+from launch.brier import brier_report
+from launch.calibration import Calibration, calibrate
+from launch.codebook_report import codebook_report
 from launch.compatibility import check_vocabulary
+from launch.compute_report import compute_report
 from launch.config import EvaluationConfig, load_config
 from launch.environment import describe_environment
-from launch.latent_model import latent_model_config
+from launch.intervals import bootstrap
 from launch.prompt_lengths import by_prompt_length
+from launch.ranks import Ranks, join_ranks, leave_ranks
 from launch.report_data import update_report
-from launch.tracking import read_metrics
-from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_codec, load_latent_model
+from launch.sample_quality import quality_report
+from launch.sampling import samplers
+from launch.scored_models import load_models
+from launch.scoring import Scores, score, unigram_nats
+from launch.tightening import importance_report
+from rqvae import BaseLM, LatentGenerator
 from rqvae.codec import Codec
 from rqvae.encoder import chunk_documents
-from rqvae.generation import check_pair
-from rqvae.quantizer import compute_perplexity
 
-DISTORTION_SAMPLES = 64
-"""Samples on which decoding from the first levels only is tried, once per level."""
+SUMS = {
+    "latent_bound": ("latent_codes", "latent_reconstruction"),
+    "latent_bound_calibrated": ("latent_codes_calibrated", "latent_reconstruction_calibrated"),
+    "stochastic_bound": ("stochastic_codes", "stochastic_reconstruction"),
+}
+"""Rows that are the sum of two others."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="directory of the token shards")
     parser.add_argument("--json", type=Path, help="report to update (default: report.json beside --model)")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
+    parser.add_argument("--identity-codec", type=Path, help="directory of the identity codec's two models")
+    parser.add_argument("--documents", type=Path, help="also write the nats of every document, a JSON a line")
     parser.add_argument("--config", help="run configuration, for its evaluation section")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --config")
     args = parser.parse_args(arguments)
@@ -60,210 +74,177 @@ def main(arguments: list[str] | None = None) -> int:
             settings = load_config(args.config, overrides=args.overrides).evaluation
         elif args.overrides:
             raise ValueError("overrides need --config")
-        update_report(path, evaluate(args.model, args.data, args.split, settings))
+        ranks, device = join_ranks()
+        report = evaluate(
+            args.model, args.data, args.split, settings, args.identity_codec, args.documents, ranks, device
+        )
+        if ranks.is_first:
+            update_report(path, report)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    places = f"--model {args.model} --data {args.data} --report {path}"
-    print(f"Report: {path}\nNext: python launch/benchmark.py inference {places}")
+    leave_ranks()
+    if ranks.is_first:
+        places = f"--model {args.model} --data {args.data} --report {path}"
+        print(f"Report: {path}\nNext: python launch/benchmark.py inference {places}")
     return 0
 
 
-class Models(NamedTuple):
-    """What there is to evaluate."""
+def evaluate(
+    model: Path,
+    data: Path,
+    split: str,
+    settings: EvaluationConfig,
+    identity: Path | None = None,
+    by_document: Path | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """All keys of the report that do not need a stop watch; every rank must call it.
 
-    codec: Codec
-    latent_model: LatentModel | None
-    base_lm: BaseLM | None
-
-
-def load_models(directory: Path, eos_token_id: int, device: torch.device) -> Models:
-    """The models of a project; says which of the optional ones are missing."""
-    codec = load_codec(directory / "rqvae").to(device)
-    latent_model, base_lm = None, None
-    if (directory / "rq_transformer").is_dir():
-        latent_model = load_latent_model(directory / "rq_transformer").to(device)
-    else:
-        print(f"no '{directory}/rq_transformer': the bound and the latent generations are left out")
-    if (directory / "base_lm").is_dir():
-        base_lm = BaseLM.from_pretrained(directory / "base_lm", eos_token_id).to(device)
-    else:
-        print(f"no '{directory}/base_lm': the base LM's figures are left out")
-    return Models(codec, latent_model, base_lm)
-
-
-def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) -> dict[str, Any]:
-    """All keys of the report that do not need a stop watch."""
+    Args:
+        identity: see `load_models`.
+        by_document: file for the nats of every document.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = TokenDataset(data, split)
     tokenizer = load_tokenizer(data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = load_models(model, dataset.eos_token_id, device)
+    models = load_models(model, dataset.eos_token_id, device, identity)
     check_vocabulary(dataset, models.codec.config.backbone.architecture)
+    missing = dict(models.missing)
     generator = None
-    if models.latent_model is not None:
-        check_pair(models.codec, models.latent_model)
-        if models.codec.config.sees_future:
-            print(
-                "codec.resample: reference, original: nothing can be generated or continued with such codes; left out"
-            )
-        else:
-            generator = LatentGenerator(models.codec, models.latent_model, tokenizer)
+    if models.codec.config.sees_future:
+        missing["generations"] = (
+            "codec.resample: reference, original: nothing can be generated with such codes"
+        )
+    elif models.latent_model is not None:
+        generator = LatentGenerator(models.codec, models.latent_model, tokenizer)
+    validation = _validation(data, split, settings, missing)
+    calibration = None
+    if validation is not None:
+        calibration = calibrate(
+            models, validation, settings.calibration_samples, settings.batch_size, device, ranks
+        )
 
     num_samples = min(len(dataset), settings.max_samples or len(dataset))
-    totals = score(models, dataset, num_samples, settings.batch_size, device)
-    tokens, num_bytes = totals["tokens"], totals["bytes"]
-    nats = {
-        "uniform": tokens * math.log(dataset.vocab_size),
-        "unigram": unigram_nats(data, totals["token_counts"]),
-        "latent_reconstruction": totals["token_nats"],
-    }
-    if models.base_lm is not None:
-        nats["base_lm"] = totals["base_lm_nats"]
-    if models.latent_model is not None:
-        nats["latent_codes"] = totals["code_nats"].sum()
-        nats["latent_bound"] = nats["latent_codes"] + nats["latent_reconstruction"]
-    lengths = {}
-    if models.latent_model is not None and generator is not None:
-        lengths = by_prompt_length(models.codec, models.latent_model, dataset, device)
+    unigram = unigram_nats(TokenDataset(data, "train"))
+    scores = score(models, dataset, num_samples, settings, calibration, unigram, device, ranks)
+    rows = samplers(models, tokenizer)
+    report = likelihood_report(scores, dataset.vocab_size)
+    report["evaluation"] |= {"split": split, "samples": num_samples}
     codec = models.codec.config
     bits_per_token = sum(map(math.log2, codec.codebook_sizes)) / codec.compression_factor
-    return {
-        "evaluation": {
-            "split": split,
-            "samples": num_samples,
-            "tokens": int(tokens),
-            "bytes": int(num_bytes),
-        },
+    report |= {
         "reconstruction": {
-            "token_accuracy": float(totals["correct"] / tokens),
-            "chunk_accuracy": float(totals["correct_chunks"] / totals["chunks"]),
-            "nats_per_token": float(totals["token_nats"] / tokens),
+            "token_accuracy": float(scores.sums["correct"] / scores.tokens.sum()),
+            "chunk_accuracy": float(scores.sums["correct_chunks"] / scores.sums["chunks"]),
+            "nats_per_token": report["nats_per_token"]["latent_reconstruction"],
         },
-        "bits_per_byte": {name: float(value / math.log(2) / num_bytes) for name, value in nats.items()},
-        "nats_per_token": {name: float(value / tokens) for name, value in nats.items()},
-        "perplexity": {name: math.exp(min(float(value / tokens), 700.0)) for name, value in nats.items()},
-        "codebook": codebook_report(models, totals, dataset, settings.batch_size, device),
+        "codebook": codebook_report(models, scores, dataset, calibration, settings.batch_size, device, ranks),
         "rate": {"codes_bits_per_token": bits_per_token, "log2_vocabulary": math.log2(dataset.vocab_size)},
-        "prompt_lengths": lengths,
+        "calibration": describe_calibration(calibration),
+        "prompt_lengths": {},
         "codec": codec.model_dump(mode="json", exclude={"backbone", "quantizer"}),
         "compute": compute_report(model.parent),
-        "samples": {
-            "reconstructions": reconstructions(
-                models.codec, dataset, tokenizer, settings.num_reconstructions, device
-            ),
-            "generations": generations(generator, models.base_lm, tokenizer, settings, device),
-        },
-        "environment": describe_environment(),
     }
-
-
-@torch.inference_mode()
-def score(
-    models: Models, dataset: TokenDataset, num_samples: int, batch_size: int, device: torch.device
-) -> dict[str, Any]:
-    """Sums over the first samples of a split, in fp64."""
-    codec = models.codec.config
-    levels = codec.codebook_levels
-    totals: dict[str, Any] = {
-        "code_counts": [np.zeros(size) for size in codec.codebook_sizes],
-        "token_counts": np.zeros(
-            max(dataset.vocab_size, codec.backbone.architecture.vocab_size), dtype=np.int64
-        ),
-        "code_nats": np.zeros(levels),
-        "distortion": np.zeros(levels),
-    }
-    sums = dict.fromkeys(
-        ("tokens", "bytes", "correct", "chunks", "correct_chunks", "token_nats", "base_lm_nats"), 0.0
-    )
-    progress = Progress(num_samples, "evaluate", unit="samples")
-    for start in range(0, num_samples, batch_size):
-        batch = dataset.read(range(start, min(start + batch_size, num_samples)))
-        input_ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
-        real = documents > 0
-        if models.latent_model is None:
-            scored = models.codec(input_ids, document_ids=documents)
-            codes, token_nats, is_correct = scored.codes, scored.nats, scored.correct
-            distortion = scored.distortion
-        else:
-            bound = latent_bound(models.codec, models.latent_model, input_ids, documents)
-            codes, token_nats, is_correct = bound.codes, bound.token_nats, bound.token_correct
-            distortion = bound.distortion
-            totals["code_nats"] += bound.code_nats.double().sum((0, 1)).cpu().numpy()
-        if models.base_lm is not None:
-            sums["base_lm_nats"] += float(models.base_lm(input_ids, documents).nats.double().sum())
-        real_chunks = chunk_documents(documents, codec.compression_factor) > 0
-        hits = (is_correct | ~real).view(*real_chunks.shape, -1).all(-1) & real_chunks
-        sums["tokens"] += float(real.sum())
-        sums["bytes"] += float(batch["num_bytes"].sum())
-        sums["correct"] += float(is_correct.sum())
-        sums["chunks"] += float(real_chunks.sum())
-        sums["correct_chunks"] += float(hits.sum())
-        sums["token_nats"] += float(token_nats.double().sum())
-        totals["distortion"] += distortion.double().cpu().numpy()
-        real_codes = codes[real_chunks].cpu().numpy()
-        for level, counts in enumerate(totals["code_counts"]):
-            counts += np.bincount(real_codes[:, level], minlength=len(counts))
-        totals["token_counts"] += np.bincount(
-            input_ids[real].cpu().numpy(), minlength=len(totals["token_counts"])
+    if generator is not None and models.latent_model is not None:
+        report["prompt_lengths"] = by_prompt_length(models.codec, models.latent_model, dataset, device)
+    if models.pair is not None and validation is not None and settings.importance_documents:
+        report["importance"] = importance_report(
+            models.pair,
+            dataset,
+            validation,
+            settings.importance_documents,
+            settings.importance_samples,
+            device,
+            ranks,
         )
-        progress.update(len(input_ids))
-    progress.close()
-    return totals | sums
+    if rows and settings.brier_documents:
+        report["brier_lm"] = brier_report(
+            rows, dataset, settings.brier_documents, settings.brier_offsets, ranks
+        )
+    if rows and settings.quality_samples:
+        report["sample_quality"] = quality_report(
+            rows, models.base_lm, dataset, settings.quality_samples, settings.max_new_tokens, ranks
+        )
+    report["samples"] = {
+        "reconstructions": reconstructions(
+            models.codec, dataset, tokenizer, settings.num_reconstructions, device
+        ),
+        "generations": generations(generator, models.base_lm, tokenizer, settings, device),
+    }
+    if ranks.is_first:
+        for name, reason in missing.items():
+            print(f"left out: {name}: {reason}")
+        if by_document is not None:
+            write_documents(scores, by_document)
+    return report | {"missing": missing, "environment": describe_environment()}
 
 
-def unigram_nats(data: Path, test_counts: np.ndarray) -> float:
-    """Negative log-likelihood of the counted tokens under the training split's frequencies, add-one smoothed."""
-    train = TokenDataset(data, "train")
-    counts = np.ones(len(test_counts))
-    for start in range(0, len(train), 256):
-        batch = train.read(range(start, min(start + 256, len(train))))
-        counts += np.bincount(batch["input_ids"][batch["document_ids"] > 0].numpy(), minlength=len(counts))
-    # Entries beyond the tokenizer's vocabulary can never occur.
-    counts[train.vocab_size :] = 0
-    shares = counts / counts.sum()
-    seen = test_counts > 0
-    return float(-(test_counts[seen] * np.log(shares[seen])).sum())
+def _validation(
+    data: Path, split: str, settings: EvaluationConfig, missing: dict[str, str]
+) -> TokenDataset | None:
+    """The split that temperatures are fitted on, which is never the one reported."""
+    reason = "evaluation.calibration_samples is 0"
+    if split == "validation":
+        reason = "the validation split is what is reported"
+    elif settings.calibration_samples:
+        try:
+            return TokenDataset(data, "validation")
+        except EmptySplitError as error:
+            reason = str(error)
+    missing["calibrated rows and zero_rate"] = reason
+    return None
 
 
-@torch.inference_mode()
-def codebook_report(
-    models: Models, totals: dict[str, Any], dataset: TokenDataset, batch_size: int, device: torch.device
-) -> dict[str, Any]:
-    """Usage over the whole split by level, and what decoding with the first levels only gives."""
-    vae, chunks = models.codec, totals["chunks"]
-    levels = []
-    hits, seen = np.zeros(vae.config.codebook_levels), 0.0
-    for start in range(0, min(DISTORTION_SAMPLES, len(dataset)), batch_size):
-        batch = dataset.read(range(start, min(start + batch_size, DISTORTION_SAMPLES, len(dataset))))
-        input_ids, token_documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
-        codes = vae.encode(input_ids, document_ids=token_documents)
-        documents = chunk_documents(token_documents, vae.config.compression_factor)
-        real = token_documents > 0
-        seen += float(real.sum())
-        for level in range(len(hits)):
-            predicted = vae.decode(codes[..., : level + 1], documents).argmax(-1)
-            hits[level] += float(((predicted == input_ids) & real).sum())
-    for level, counts in enumerate(totals["code_counts"]):
-        perplexity = float(compute_perplexity(torch.from_numpy(counts)))
-        row = {
-            "codebook_size": len(counts),
-            "perplexity": perplexity,
-            "perplexity_normalized": perplexity / min(len(counts), chunks),
-            "used_fraction": float((counts > 0).mean()),
-            "distortion": float(totals["distortion"][level] / chunks),
-            "token_accuracy": float(hits[level] / seen),
-        }
-        if isinstance(vae, RQVAE):
-            row["dead_replaced"] = int(vae.quantizer.level(level).dead_replaced)
-        if models.latent_model is not None:
-            row["nats_per_code"] = float(totals["code_nats"][level] / chunks)
-        levels.append(row)
-    return {"levels": levels, "histograms": [histogram(counts) for counts in totals["code_counts"]]}
+def likelihood_report(scores: Scores, vocab_size: int) -> dict[str, Any]:
+    """Every row in bits per byte, nats per token and perplexity, with intervals over documents."""
+    tokens, num_bytes, nats = scores.by_document()
+    nats["uniform"] = tokens * math.log(vocab_size)
+    for name, parts in SUMS.items():
+        if all(part in nats for part in parts):
+            nats[name] = sum((nats[part] for part in parts), np.zeros(len(tokens)))
+    all_tokens, all_bytes = tokens.sum(), num_bytes.sum()
+    per_token = {name: float(values.sum() / all_tokens) for name, values in nats.items()}
+    names = list(nats)
+    interval = {
+        name: bootstrap(np.stack([nats[name], num_bytes], axis=1), lambda s: s[:, 0] / s[:, 1] / math.log(2))
+        for name in names
+    }
+    return {
+        "evaluation": {"documents": len(tokens), "tokens": int(all_tokens), "bytes": int(all_bytes)},
+        "bits_per_byte": {
+            name: float(values.sum() / math.log(2) / all_bytes) for name, values in nats.items()
+        },
+        "bits_per_byte_intervals": interval,
+        "nats_per_token": per_token,
+        "perplexity": {name: math.exp(min(value, 700.0)) for name, value in per_token.items()},
+    }
 
 
-def histogram(counts: np.ndarray, num_bins: int = 256) -> list[float]:
-    """Counts from the most used code to the least, in at most `num_bins` bins of neighbours (their mean)."""
-    return [float(part.mean()) for part in np.array_split(np.sort(counts)[::-1], min(num_bins, len(counts)))]
+def describe_calibration(calibration: Calibration | None) -> dict[str, Any]:
+    """The fitted temperatures."""
+    if calibration is None:
+        return {}
+    return {
+        "split": "validation",
+        "samples": calibration.samples,
+        "prior_temperatures": calibration.prior,
+        "decoder_temperature": calibration.decoder,
+        "base_lm_temperature": calibration.base_lm,
+        "zero_rate_temperature": calibration.zero_rate,
+    }
+
+
+def write_documents(scores: Scores, path: Path) -> None:
+    """A JSON line per document of the split: document, tokens, bytes, nats by row."""
+    tokens, num_bytes, nats = scores.by_document()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for i, document in enumerate(np.unique(scores.documents).tolist()):
+            row = {"document": document, "tokens": int(tokens[i]), "bytes": int(num_bytes[i])}
+            row["nats"] = {name: float(values[i]) for name, values in nats.items()}
+            file.write(json.dumps(row) + "\n")
 
 
 @torch.inference_mode()
@@ -317,39 +298,6 @@ def generations(
         )
         row["base_lm"] = str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
     return shown
-
-
-def compute_report(project: Path) -> dict[str, Any]:
-    """Tokens, FLOPs and seconds of training, by stage, from the run directories beside the models."""
-    report: dict[str, Any] = {}
-    for stage in ("base_lm", "rqvae", "rq_transformer"):
-        run = project / stage
-        if not (run / "config.yaml").is_file():
-            continue
-        config = load_config(run / "config.yaml")
-        train, length = config.train, config.data.sample_length
-        records = read_metrics(run / "metrics.jsonl")
-        steps = max((record["step"] for record in records), default=0)
-        tokens_per_step = train.global_batch_size * length
-        if stage == "base_lm":
-            architecture = config.codec.backbone.architecture
-            total = 3 * steps * (flops.backbone(architecture, length / 2) + flops.head(architecture))
-        elif stage == "rqvae":
-            codec = flops.codec(config.codec, length)
-            frozen = min(steps, train.frozen_steps)
-            total = frozen * codec.train_frozen + (steps - frozen) * codec.train_full
-        else:
-            factor = config.codec.compression_factor
-            name = "RQTransformer" if config.latent_model.model == "rq_transformer" else "FlatTransformer"
-            forward = flops.latent_model(name, latent_model_config(config), length / factor)
-            total = 3 * steps * forward / factor
-        report[stage] = {
-            "steps": steps,
-            "train_tokens": steps * tokens_per_step,
-            "train_flops": total * tokens_per_step,
-            "wall_s": max((record.get("time_s", 0.0) for record in records), default=0.0),
-        }
-    return report
 
 
 if __name__ == "__main__":

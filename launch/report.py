@@ -30,13 +30,27 @@ STAGE_TITLES = {
     "rqvae": "RQ-VAE (codec)",
     "rq_transformer": "RQ-transformer (latent model)",
     "joint": "Codec and latent model together",
+    "encoding": "Encoding the training text",
+    "total_latent": "All that the latent model stands on",
+    "total_base_lm": "All that the base LM stands on",
 }
 MODEL_TITLES = {
     "uniform": "Uniform over the vocabulary",
     "unigram": "Unigram",
+    "zero_rate": "Zero rate: the decoder without codes, temperature fitted",
     "base_lm": "Base LM, autoregressive",
+    "base_lm_calibrated": "Base LM, temperature fitted",
     "identity_codec": "Identity codec (codes are the tokens)",
     "latent_bound": "Latent model",
+    "latent_bound_calibrated": "Latent model, temperatures fitted",
+    "stochastic_bound": "Latent model, stochastic codes",
+}
+BOUNDS = ("latent_bound", "latent_bound_calibrated", "stochastic_bound")
+GENERATING = {
+    "text": "The text itself",
+    "base_lm": "Base LM, autoregressive",
+    "identity_codec": "Identity codec",
+    "latent": "Latent model",
 }
 PARTS_OF_THE_BOUND = {
     "latent_codes": "of this, the codes",
@@ -144,6 +158,8 @@ def render(inputs: Inputs) -> str:
         findings=findings(report),
         headline=headline_rows(report),
         reconstruction=report.get("reconstruction") or {},
+        generation=generation_rows(report),
+        mauve_note=(report.get("sample_quality") or {}).get("mauve_note"),
         rate=report.get("rate") or {},
         levels=levels,
         level_bits=figures.level_bits(codec),
@@ -185,14 +201,17 @@ def headline_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     speeds = {"base_lm": (speed.get("ar_tokens_per_s"), 1.0 if speed.get("ar_tokens_per_s") else None)}
     speeds["latent_bound"] = (speed.get("latent_tokens_per_s"), speed.get("speedup"))
     rows = []
+    missing = report.get("missing") or {}
     for key, title in MODEL_TITLES.items():
-        if key not in bits and not any(speeds.get(key, ())):
+        if key in missing:
+            title += " (not trained)"
+        elif key not in bits and not any(speeds.get(key, ())):
             continue
         tokens_per_s, speedup = speeds.get(key, (None, None))
         rows.append(
             {
                 "title": title,
-                "is_bound": key == "latent_bound",
+                "is_bound": key in BOUNDS,
                 "is_part": False,
                 "bits_per_byte": bits.get(key),
                 "perplexity": perplexity.get(key),
@@ -208,6 +227,24 @@ def headline_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if key in bits
     ]
     return rows
+
+
+def generation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of generated text: BrierLM with its interval, and the figures of sample quality."""
+    brier, quality = report.get("brier_lm") or {}, report.get("sample_quality") or {}
+    return [
+        {
+            "title": title,
+            "brier": brier.get(key),
+            "interval": (brier.get("intervals") or {}).get(key),
+            **{
+                name: (quality.get(key) or {}).get(name)
+                for name in ("distinct_2", "repetition", "base_lm_perplexity", "mauve", "mean_tokens")
+            },
+        }
+        for key, title in GENERATING.items()
+        if key in brier or key in quality
+    ]
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:

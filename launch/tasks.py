@@ -367,16 +367,16 @@ class AnchorCodecTask(RQVAETask):
     def _score(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> RQVAEOutput:
         return model(batch["input_ids"], document_ids=batch["document_ids"], num_tokens=num_tokens)
 
-    def after_step(self, model: nn.Module, step: int) -> None:  # type: ignore[override]
+    def after_step(self, model: nn.Module, step: int) -> None:
         pass
 
-    def after_skipped_step(self, model: nn.Module) -> None:  # type: ignore[override]
+    def after_skipped_step(self, model: nn.Module) -> None:
         pass
 
     def begins_new_loss(self, step: int) -> bool:
         return False
 
-    def state_metrics(self, model: nn.Module, step: int) -> dict[str, float]:  # type: ignore[override]
+    def state_metrics(self, model: nn.Module, step: int) -> dict[str, float]:
         return {}
 
 

@@ -29,9 +29,11 @@ _HOME = {
     "TextEncoder": "encoder",
     "TransformerBlock": "layers",
     "create_codec": "loading",
+    "importance_bound": "importance",
     "latent_bound": "likelihood",
     "load_codec": "loading",
     "load_latent_model": "loading",
+    "stochastic_bound": "likelihood",
 }
 
 __all__ = sorted(_HOME)

@@ -28,6 +28,13 @@ class DecoderCache:
         self.backbone = backbone
         self.documents = documents  # LongTensor [B, latents so far]
 
+    def select(self, rows: Tensor) -> None:
+        """Go on from these rows: LongTensor [B], each named any number of times."""
+        self.refinement.select(rows)
+        if self.backbone is not None:
+            self.backbone.reorder_cache(rows)  # type: ignore[arg-type]
+        self.documents = self.documents[rows]
+
 
 class TextDecoder(nn.Module):
     """Projection from the codebook space, causal refinement, upsampling, causal backbone, output head.

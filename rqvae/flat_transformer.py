@@ -100,7 +100,13 @@ class _FlatTransformerSteps(CodeSteps):
             codes.append(choose(self._model.head(level)(self._hidden)))
         return torch.stack(codes, dim=1)
 
-    def append(self, codes: Tensor, input_ids: Tensor | None = None) -> None:
+    def select(self, rows: Tensor) -> None:
+        self._cache.select(rows)
+        self._position = self._position[rows]
+        if self._documents is not None:
+            self._documents = self._documents[rows]
+
+    def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         self._step(codes[:, -1], 0)
 
     def _step(self, previous: Tensor, level: int) -> None:

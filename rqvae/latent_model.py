@@ -107,12 +107,20 @@ class CodeSteps(ABC):
         """
 
     @abstractmethod
-    def append(self, codes: Tensor, input_ids: Tensor | None = None) -> None:
+    def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         """Make what was drawn part of the context.
 
         Args:
             codes: LongTensor [B, D].
             input_ids: LongTensor [B, K], what they decode to; for a model that reads tokens.
+            is_token: BoolTensor [B, K], False at places that hold none; by default all hold one.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Go on from the contexts of these rows: LongTensor [B], each named any number of times.
+
+        To be called between `draw` and `append`.
         """
 
 

@@ -96,6 +96,10 @@ class LayerCache:
         self.values[:, :, start:end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def select(self, rows: Tensor) -> None:
+        """Go on from these rows: LongTensor [B], each named any number of times."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
 
 class TransformerCache:
     """State of a `TransformerBlock` between calls: one `LayerCache` per layer, and how much is filled."""
@@ -108,6 +112,11 @@ class TransformerCache:
     def reset(self) -> None:
         """Forget everything; the buffers are reused."""
         self.length = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Go on from these rows: LongTensor [B], each named any number of times."""
+        for layer in self.layers:
+            layer.select(rows)
 
 
 class RoPEAttention(nn.Module):

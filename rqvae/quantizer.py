@@ -499,7 +499,11 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, latents: Tensor, numbers: Tensor, with_soft_targets: bool = False
+        self,
+        latents: Tensor,
+        numbers: Tensor,
+        with_soft_targets: bool = False,
+        temperature: float | None = None,
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Stochastic codes: every level drawn from its soft assignment of what the draws before left over.
 
@@ -510,18 +514,20 @@ class ResidualQuantizer(nn.Module):
             latents: [B, S, E], through `bound`.
             numbers: [B, S, D] uniform in (0, 1), one per draw.
             with_soft_targets: also return the distributions that were drawn from.
+            temperature: in place of `code_temperature`.
 
         Returns:
             LongTensor [B, S, D], and by level [B, S, C] or None.
         """
+        if temperature is None:
+            temperature = self.config.code_temperature
         work_dtype = torch.promote_types(latents.dtype, torch.float32)
         residual = latents.to(work_dtype).reshape(-1, self.dim)
         codes: list[Tensor] = []
         targets: list[Tensor] = []
         for index in range(self.num_levels):
             level = self.level(index)
-            temperature = self.config.code_temperature * self.ema_distortion[index]
-            shares = level.soft_assignment(residual, temperature)
+            shares = level.soft_assignment(residual, temperature * self.ema_distortion[index])
             if with_soft_targets:
                 targets.append(shares.view(*latents.shape[:2], -1))
             cumulative = shares.cumsum(1)

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     LATENT_NOISE = 2
     LEVEL_DROPOUT = 3
     CODES = 4
+    PARTICLES = 5
 
 
 # Steele 2014, figure 14 (SplitMix64), as signed 64-bit integers, whose products wrap around on every device.

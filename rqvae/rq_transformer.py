@@ -282,11 +282,20 @@ class _RQTransformerSteps(CodeSteps):
     def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
         return self._depth.draw(self._context, self._depth_cache, choose)
 
-    def append(self, codes: Tensor, input_ids: Tensor | None = None) -> None:
+    def select(self, rows: Tensor) -> None:
+        if isinstance(self._cache, TransformerCache):
+            self._cache.select(rows)
+        else:
+            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self._position = self._position[rows]
+        if self._documents is not None:
+            self._documents = self._documents[rows]
+
+    def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         mask = None
         if self._documents is not None:
             self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
             mask = causal_document_mask(self._documents[:, -1:], self._documents)
-        x = self._spatial.embed(codes[:, None], input_ids)
+        x = self._spatial.embed(codes[:, None], input_ids, is_token)
         self._context = self._spatial.block(x, self._position, mask, self._cache)[:, -1]
         self._position = self._position + 1

@@ -174,14 +174,17 @@ def test_every_kind_is_evaluated_timed_and_generated_with(
     BaseLM(config.codec.backbone.architecture, eos_token_id=0).save_pretrained(tmp_path / "base_lm")
     load_tokenizer(directory).save_pretrained(tmp_path / "tokenizer")
 
-    report = evaluate(tmp_path, directory, "test", EvaluationConfig(max_samples=4, max_new_tokens=8))
+    settings = EvaluationConfig(
+        max_samples=4, max_new_tokens=8, calibration_samples=2, brier_documents=4, quality_samples=2
+    )
+    report = evaluate(tmp_path, directory, "test", settings)
     bits = report["bits_per_byte"]
     assert bits["latent_bound"] == pytest.approx(bits["latent_codes"] + bits["latent_reconstruction"])
     # Untrained: near log2(32) bits for each of 3 codes of every 4 tokens.
     assert report["nats_per_token"]["latent_codes"] == pytest.approx(3 * 5 / 4 * 0.693, rel=0.3)
 
-    settings = BenchmarkConfig(prompt_tokens=4, new_tokens=16, repeats=1)
-    rows = {entry["name"]: entry for entry in benchmark_inference(tmp_path, directory, settings)["rows"]}
+    timing = BenchmarkConfig(prompt_tokens=4, new_tokens=16, repeats=1)
+    rows = {entry["name"]: entry for entry in benchmark_inference(tmp_path, directory, timing)["rows"]}
     assert rows[row]["layer_calls_per_token"] == pytest.approx(layer_calls)
     assert rows[row]["tokens_per_s"] > 0
 
