@@ -178,3 +178,45 @@ def test_variants_train_and_are_evaluated(project: list[str], tmp_path: Path, se
         assert report["reconstruction"]["token_accuracy"] == 1
         # 20 steps are enough to beat guessing, and nothing is added by the codec.
         assert bits["latent_bound"] < bits["uniform"] * 1.1
+
+
+def test_tokens_as_codes_go_from_text_to_text(nano_data: list[str], tmp_path: Path) -> None:
+    """The anchor codec through every command, in single processes: its decoder is trained, its codes are tokens."""
+    overrides = [
+        *[*nano_data, f"run_root={tmp_path}", "name=anchor", "tracking.wandb=disabled", "train.zero_stage=0"],
+        *["codec.model=anchor", "codec.codebook_levels=2", "codec.codebook_size=null", "codec.codebook_dim=64"],
+        *["codec.quantizer={}", "latent_model.depth_input=code", "evaluation.max_samples=8", "train.steps=12"],
+    ]
+    config = load_config(NANO, overrides=overrides)
+    model = model_directory(config)
+    python, with_config = sys.executable, ["--config", str(NANO)]
+
+    def train_and_export(stage: str) -> list[list[str]]:
+        export = [str(model.parent / stage), str(model / stage), "--to", "safetensors"]
+        return [
+            [python, "launch/train.py", *with_config, "--stage", stage, *overrides],
+            [python, "launch/convert_checkpoint.py", *export],
+        ]
+
+    evaluate = ["--model", str(model), "--data", config.data.directory, *with_config, *overrides]
+    codec = ["--checkpoint", str(model / "rqvae")]
+    commands = [
+        *train_and_export("rqvae"),
+        [python, "launch/precompute_codes.py", *with_config, *codec, *overrides],
+        *train_and_export("rq_transformer"),
+        [python, "launch/eval.py", *evaluate],
+        [python, "launch/generate.py", "--model", str(model), "--prompt", "The river"],
+    ]
+    for command in commands:
+        result = run(command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads((model.parent / "report.json").read_text())
+    bits = report["bits_per_byte"]
+    assert bits["latent_bound"] == pytest.approx(bits["latent_codes"] + bits["latent_reconstruction"])
+    # Half of the tokens are known, and the rest is predicted by a model of 12 steps.
+    assert 0.5 < report["reconstruction"]["token_accuracy"] < 1
+    assert 0 < bits["latent_reconstruction"] < bits["uniform"]
+    batch = TokenDataset(config.data.directory, "train").read(range(4))
+    codes = CodeDataset(TokenDataset(config.data.directory, "train"), codes_directory(config)).read(range(4))
+    real = batch["document_ids"].view(4, -1, 4)[..., [1, 3]] > 0
+    assert torch.equal(codes["codes"][real], batch["input_ids"].view(4, -1, 4)[..., [1, 3]][real])
