@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     everywhere = bandwidth(values, None, world_size)
     pairs: dict[str, float] = {}
     firsts = [names.index(name) for name in dict.fromkeys(names)]
-    for left, right in zip(firsts, firsts[1:], strict=False) if len(firsts) > 2 else ():
+    for left, right in itertools.pairwise(firsts) if len(firsts) > 2 else ():
         group = dist.new_group([left, right])
         if rank in (left, right):
             pairs[f"{names[left]} {names[right]}"] = bandwidth(values, group, 2)

@@ -1,6 +1,6 @@
 """One node of a training job: limits and environment, then `torchrun` in this process's place.
 
-    srun --ntasks-per-node=1 python -m slurm.node --master ADDRESS:PORT --logs DIR -- launch/train.py ...
+srun --ntasks-per-node=1 python -m slurm.node --master ADDRESS:PORT --logs DIR -- launch/train.py ...
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ SHUTDOWN_S = 300
 
 def main(arguments: list[str] | None = None) -> None:
     """Replace this process by the node's `torchrun`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--master", required=True, metavar="ADDRESS:PORT", help="of the first node")
     parser.add_argument("--logs", required=True, help="directory for the output of every rank")
     parser.add_argument("command", nargs="+", help="script and its arguments")
@@ -32,12 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
     command = torchrun(args.master, node, nodes, ranks_per_node(), args.logs, args.command)
-    os.execv(command[0], command)
+    os.execv(command[0], command)  # noqa: S606
 
 
-def torchrun(
-    master: str, node: int, nodes: int, ranks: int, logs: str, command: list[str]
-) -> list[str]:
+def torchrun(master: str, node: int, nodes: int, ranks: int, logs: str, command: list[str]) -> list[str]:
     """Command line of the launcher on one node. All ranks write files; the first of the job also to the job's log."""
     address, _, port = master.rpartition(":")
     return [

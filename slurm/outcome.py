@@ -9,6 +9,7 @@ from typing import Any
 EXIT_STOPPED = 75  # of a rank: stopped on request with a complete checkpoint
 EXIT_SETTINGS = 2  # a mistake that the same command makes again
 
+
 @dataclass(frozen=True)
 class Limits:
     """When to stop trying."""

@@ -64,7 +64,11 @@ class SlurmJob:
     def srun(self, command: list[str], tasks_per_node: int = 1) -> list[str]:
         """The command line that starts a command on every node. RQVAE_SRUN_OPTIONS adds options of the site."""
         num_tasks = len(self.nodes) * tasks_per_node
-        options = [f"--nodes={len(self.nodes)}", f"--ntasks={num_tasks}", f"--ntasks-per-node={tasks_per_node}"]
+        options = [
+            f"--nodes={len(self.nodes)}",
+            f"--ntasks={num_tasks}",
+            f"--ntasks-per-node={tasks_per_node}",
+        ]
         if tasks_per_node > 1:
             options += ["--overcommit", "--cpu-bind=none"]
         site = shlex.split(os.environ.get("RQVAE_SRUN_OPTIONS", ""))
@@ -103,7 +107,9 @@ def ranks_per_node() -> int:
 
 def _excluded(job_id: str) -> set[str]:
     fields = _output(["scontrol", "show", "job", job_id, "--oneliner"]).split()
-    names = next((word.removeprefix("ExcNodeList=") for word in fields if word.startswith("ExcNodeList=")), "")
+    names = next(
+        (word.removeprefix("ExcNodeList=") for word in fields if word.startswith("ExcNodeList=")), ""
+    )
     if names in ("", "(null)"):
         return set()
     return set(_output(["scontrol", "show", "hostnames", names]).split())

@@ -28,6 +28,3 @@ source "$RQVAE_CODE/.venv/bin/activate"
 
 # How long a job goes on by itself.
 # export RQVAE_MAX_REQUEUES=100 RQVAE_MAX_STARTS_WITHOUT_PROGRESS=3
-
-# Copy token shards and codes to node-local scratch before an array task or a training job reads them.
-# export RQVAE_STAGE_TO=$TMPDIR/rqvae

@@ -72,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     return close(job, directory, outcome, facts)
 
 
-def attempt(
-    args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Requests
-) -> Facts:
+def attempt(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Requests) -> Facts:
     """One start, from the checks of the nodes to the end of training."""
     bad_nodes = preflight.run(job, directory / "preflight" / job.attempt)
     before = run_status.read(directory)
@@ -133,7 +131,9 @@ def close(job: SlurmJob, directory: Path, outcome: Outcome, facts: Facts) -> int
     if facts.status or run_status.read(directory).get("state") != "running":  # by another job, perhaps
         run_status.amend(directory, slurm=what)
     history.add(directory, "end", **what, step=step)
-    print(f"slurm.train: {reason}; step {step}; {'requeued' if outcome.requeue else 'not requeued'}", flush=True)
+    print(
+        f"slurm.train: {reason}; step {step}; {'requeued' if outcome.requeue else 'not requeued'}", flush=True
+    )
     if outcome.requeue:
         job.requeue(facts.bad_nodes)
     return outcome.exit_status
@@ -150,7 +150,9 @@ def limits_of_site() -> Limits:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Of an option given twice the later counts, so that a script's own can be changed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML file, e.g. configs/qwen3_8b.yaml")
     parser.add_argument("--stage", required=True, choices=STAGES)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over the file's")
