@@ -20,9 +20,9 @@ from launch.environment import describe_environment
 from launch.measurement import take_turns
 from rqvae import FlatTransformer, LatentGenerator, LatentModel, load_codec, load_latent_model
 from rqvae.cached_decoding import CachedGreedyDecoder
+from rqvae.codec import Codec
 from rqvae.config import ArchitectureConfig
 from rqvae.generation import Timing
-from rqvae.loading import Codec
 
 
 def benchmark_inference(model: Path, data: Path, settings: BenchmarkConfig) -> dict[str, Any]:

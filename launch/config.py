@@ -137,6 +137,9 @@ class TrackingConfig(StrictModel):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one GPU (or rank) in the run's precision, for model FLOPs utilisation. Null: from a table of
     GPUs, in bf16; where that knows nothing, the utilisation is not logged."""
+    reconstructions: int = Field(default=4, ge=0)
+    """Validation samples whose reconstruction by the codec is kept at every validation, in the run directory's
+    `reconstructions/`. The mirror gets a table of them about ten times a run."""
     entity: str | None = None
     """User or team that owns the project. Null: the login's default."""
 
@@ -399,7 +402,7 @@ def _mistakes_of_codec_and_latent_model(codec: RQVAEConfig, latent_model: Latent
     if codec.sees_future and latent_model.reads_tokens:
         yield (
             f"latent_model.spatial_input: {latent_model.spatial_input} needs codes that do not depend on the text "
-            "after them, and codec.resample: reference makes such codes; use spatial_input: codes"
+            "after them, and codec.resample: reference or original makes such codes; use spatial_input: codes"
         )
 
 

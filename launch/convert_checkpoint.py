@@ -111,7 +111,7 @@ def from_reference(source: Path, destination: Path, config_path: Path) -> None:
     """
     reference_config, reference_state = read_reference(source)
     codec = load_config(config_path).codec
-    check_config(source, reference_config, codec)
+    check_config(source, reference_config, reference_state, codec)
     with torch.device("meta"):
         model = RQVAE(codec)
     state = convert_reference(source, reference_state, model.state_dict())

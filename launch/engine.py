@@ -162,6 +162,10 @@ def build_engine(
         config=deepspeed_config(train, precision, dist.get_world_size()),
     )
     if train.torch_compile:
+        if engine.is_deepcompile_enabled() and not torch.cuda.is_available():
+            raise ValueError(
+                "train.deepspeed.compile.deepcompile: needs a GPU; without it compile at zero_stage 0, 1 or 2"
+            )
         engine.compile()
     return engine
 

@@ -157,7 +157,7 @@ class EngineConfig(StrictModel):
     """Recompute each layer's activations in the backward pass: less memory for about a third more compute."""
     torch_compile: bool = False
     """Compile the model with torch.compile (inductor). Not with zero_stage 3, whose gathering of weights breaks the
-    graph at every layer; there DeepSpeed's own compiler is `deepspeed: {compile: {deepcompile: true}}`."""
+    graph at every layer, but for DeepSpeed's own compiler, `deepspeed: {compile: {deepcompile: true}}`, on a GPU."""
     communication: CommunicationConfig = CommunicationConfig()
     """Buckets and overlap."""
     guards: GuardsConfig = GuardsConfig()
@@ -196,11 +196,15 @@ def mistakes_of_engine(train: EngineConfig, where: Callable[[str], str]) -> Iter
             yield f"{where(name)}: needs zero_stage 3, not {stage}"
     if train.communication.allgather_bucket_size is not None and stage not in (1, 2):
         yield f"{where('communication.allgather_bucket_size')}: needs zero_stage 1 or 2, not {stage}"
-    if train.torch_compile and stage == 3:
+    compiler = train.deepspeed.get("compile")
+    is_deep = isinstance(compiler, Mapping) and bool(compiler.get("deepcompile"))
+    if train.torch_compile and stage == 3 and not is_deep:
         yield (
-            f"{where('torch_compile')}: not with zero_stage 3; use zero_stage 0, 1 or 2, or DeepSpeed's own "
+            f"{where('torch_compile')}: not with zero_stage 3; use zero_stage 0, 1 or 2, or add DeepSpeed's own "
             "compiler, deepspeed: {compile: {deepcompile: true}}"
         )
+    if is_deep and not train.torch_compile:
+        yield f"{where('deepspeed')}.compile.deepcompile: has no effect without torch_compile: true"
     yield from _mistakes_of_offloading(train, where)
     skips = "skip" in (train.guards.non_finite, train.guards.on_loss_spike)
     if skips and train.offload_optimizer == "nvme":

@@ -32,9 +32,9 @@ from launch.prompt_lengths import by_prompt_length
 from launch.report_data import update_report
 from launch.tracking import read_metrics
 from rqvae import RQVAE, BaseLM, LatentGenerator, LatentModel, latent_bound, load_codec, load_latent_model
+from rqvae.codec import Codec
 from rqvae.encoder import chunk_documents
 from rqvae.generation import check_pair
-from rqvae.loading import Codec
 from rqvae.quantizer import compute_perplexity
 
 DISTORTION_SAMPLES = 64
@@ -104,7 +104,7 @@ def evaluate(model: Path, data: Path, split: str, settings: EvaluationConfig) ->
         check_pair(models.codec, models.latent_model)
         if models.codec.config.sees_future:
             print(
-                "codec.resample: reference: nothing can be generated or continued with such codes; left out"
+                "codec.resample: reference, original: nothing can be generated or continued with such codes; left out"
             )
         else:
             generator = LatentGenerator(models.codec, models.latent_model, tokenizer)

@@ -87,16 +87,17 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
 
 
 def resampling(config: RQVAEConfig) -> tuple[float, float]:
-    """Forward FLOPs of down- and upsampling per token. The encoder's input is states and embeddings."""
+    """Forward FLOPs of down- and upsampling per token. The encoder's input is states, mostly with embeddings."""
     hidden, latent = config.backbone.architecture.hidden_size, config.latent_dim
     if config.resample == "chunked":
         return 4 * hidden * latent, 2 * hidden * latent
     steps = config.compression_factor.bit_length() - 1
-    widths = [2 * hidden] * steps + [latent]
+    width = 2 * hidden if config.reads_embeddings else hidden
+    widths = [width] * steps + [latent]
     down = sum(2 * 3 * widths[i] * widths[i + 1] / 2 ** (i + 1) for i in range(steps))
     # Of a transposed convolution with kernel 4 and stride 2, every output has 2 taps.
     up = sum(2 * 2 * hidden * hidden / 2**i for i in range(steps))
-    return down or 4 * hidden * latent, up + 2 * hidden * latent / config.compression_factor
+    return down or 2 * width * latent, up + 2 * hidden * latent / config.compression_factor
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 Model states follow DeepSpeed's ZeRO (Rajbhandari 2020, section 5) as its release 0.19 lays them out; activations
 are what autograd keeps of our layers, counted operation by operation and rounded to what matters. Allocator
 fragmentation, the CUDA context and library workspaces come on top: leave a tenth free. Model states were found
-right to the byte; on a CPU the whole process was measured at 0.8 times the prediction (Qwen3-0.6B) and at 2.2 times
-(SmolLM2-135M, where Python and its libraries weigh more). Every rank also builds the whole model in fp32 on the host
-before it is split, which is not part of these figures.
+right to the byte, and the bytes in tensors at the peak of a step within a tenth (tests/integration).
+Rank 0 also builds the whole model in fp32 on the host before it is split, which is not part of these figures.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from launch.config import TrainConfig
 from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig, mlp_width
 from rqvae.layers import LinearHead
 
+# What DeepSpeed takes where `train.communication` says nothing, in elements.
 REDUCE_BUCKET = 500_000_000
-"""DeepSpeed's `reduce_bucket_size`, in elements, all of it allocated at the start."""
+PREFETCH_BUCKET = 50_000_000
 LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's `stage3_max_live_parameters` and `stage3_max_reuse_distance`, in elements."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,9 @@ class Parameters:
     """In parameters below `param_persistence_threshold`, which ZeRO-3 keeps whole as well."""
     largest_module: int
     """In the module with most parameters of its own: gathered at once, whatever the limits say."""
+    ranks: int
+    buffer_bytes: int
+    """Codebooks and what belongs to them, whole on every rank."""
 
     @classmethod
     def of(cls, model: nn.Module, train: TrainConfig, world_size: int) -> Parameters:
@@ -55,6 +57,8 @@ class Parameters:
             trainable_shard=shard(trainable),
             persistent=sum(p.numel() for p in parameters if p.numel() <= train.param_persistence_threshold),
             largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+            ranks=world_size,
+            buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         )
 
 
@@ -63,30 +67,38 @@ class Memory:
     """Bytes on one rank's device, and on its host for what is offloaded."""
 
     weights: float
+    buffers: float
+    """Of the model, such as codebooks."""
     gradients: float
     """fp32 sums over micro-batches."""
     optimizer: float
-    """Adam's two moments and, where the weights are not fp32 themselves, fp32 master weights."""
+    """Adam's two moments and fp32 master weights, of which DeepSpeed has a copy also where the weights are fp32."""
     bucket: float
     """Buffer that gradients are reduced in. On a CPU only the part that is written to takes up memory."""
     gathered: float
     """Whole weights at one time, ZeRO-3 only."""
+    prefetched: float
+    """Weights in the buffer that they arrive in, before each is copied out of it."""
     activations: float
     logits: float
     """Block of logits, gradients of the states before the head, and of the head's weights if trained."""
+    reduction: float
+    """Copy of the bucket, sorted by rank, that gradients are reduced from."""
     step: float
-    """Flat copy of the gradients in the optimizer step, when the three above are gone."""
+    """Flat copy of the gradients in the optimizer step, when all of the above but the bucket are gone."""
     host: float
 
     @property
     def states(self) -> float:
         """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.buffers + self.gradients + self.optimizer
 
     @property
     def peak(self) -> float:
-        """Largest sum at one time on the device."""
-        return self.states + self.bucket + max(self.gathered + self.activations + self.logits, self.step)
+        """Largest sum at one time on the device: at the end of a forward or a backward pass, or in the step."""
+        forward = self.gathered + self.prefetched + self.activations + self.logits
+        backward = self.gathered + self.reduction
+        return self.states + self.bucket + max(forward, backward, self.step)
 
 
 def memory(
@@ -103,9 +115,7 @@ def memory(
     weights = width * (parameters.shard + parameters.persistent if stage == 3 else parameters.total)
     gradients = 4.0 * (parameters.trainable_shard if stage >= 2 else parameters.trainable)
     split = parameters.trainable_shard if stage >= 1 else parameters.trainable
-    # In fp32 ZeRO-3 updates its shard of the weights themselves; stages 1 and 2 keep a copy all the same.
-    has_master = width == 2 or stage in (1, 2)
-    optimizer = (12.0 if has_master else 8.0) * split
+    optimizer = (12.0 if stage >= 1 else 8.0) * split
     host = 0.0
     if train.offload_optimizer != "none":
         host += optimizer + gradients
@@ -113,18 +123,33 @@ def memory(
     if train.offload_param != "none":
         host += width * parameters.shard
         weights = width * parameters.persistent
-    live = max(min(parameters.total, LIVE_PARAMETERS), parameters.largest_module) - parameters.persistent
+    bucket = train.communication.reduce_bucket_size or REDUCE_BUCKET
+    gathered, prefetched = _gathered(parameters, train) if stage == 3 else (0, 0)
     return Memory(
         weights=weights,
+        buffers=parameters.buffer_bytes,
         gradients=gradients,
         optimizer=optimizer,
-        bucket=width * REDUCE_BUCKET if stage >= 1 else 0.0,
-        gathered=width * max(0, live) if stage == 3 else 0.0,
+        bucket=width * bucket if stage >= 1 else 0.0,
+        gathered=width * gathered,
+        prefetched=width * prefetched,
         activations=activations,
         logits=logits,
+        reduction=width * min(bucket, parameters.trainable) if stage == 3 else 0.0,
         step=4.0 * split if stage >= 1 and train.offload_optimizer == "none" else 0.0,
         host=host,
     )
+
+
+def _gathered(parameters: Parameters, train: TrainConfig) -> tuple[int, int]:
+    """Elements that ZeRO-3 holds whole at one time, and that it has under way."""
+    if parameters.ranks == 1:
+        return 0, 0  # the shard is the whole, and is used where it is
+    limits, to_gather = train.communication, parameters.total - parameters.persistent
+    live = LIVE_PARAMETERS if limits.max_live_parameters is None else limits.max_live_parameters
+    ahead = PREFETCH_BUCKET if limits.prefetch_bucket_size is None else limits.prefetch_bucket_size
+    gathered = min(to_gather, max(live, parameters.largest_module))
+    return gathered, min(gathered, max(ahead, parameters.largest_module))
 
 
 def backbone_layer(architecture: ArchitectureConfig, context: int, width: int, is_trained: bool) -> float:
@@ -204,6 +229,20 @@ def latent_model(kind: str, config: RQTransformerConfig, context: int, width: in
         over_positions = spatial(positions)
     depth = block(config.depth_dim, config.depth_layers, config.mlp_ratio, levels, width, recompute)
     return (over_positions + levels * depth) / factor
+
+
+def soft_targets(config: RQTransformerConfig) -> float:
+    """Bytes per token of text that stochastic codes add: targets and log-probabilities of all levels, in fp32."""
+    return 8.0 * sum(config.codebook_sizes) / config.compression_factor
+
+
+def checkpoint(parameters: Parameters, train: TrainConfig, width: int) -> float:
+    """Bytes of one checkpoint, of all ranks together: fp32 weights and moments of what is trained, and the weights of
+    the forward pass, of which ZeRO-3 keeps the frozen ones only."""
+    frozen = parameters.total - parameters.trainable
+    weights = frozen if train.zero_stage == 3 else parameters.total
+    adam = 12 if train.zero_stage else 8  # without ZeRO the weights are the fp32 ones
+    return float(adam * parameters.trainable + width * weights + parameters.buffer_bytes)
 
 
 def logits(hidden: int, vocabulary: int, tokens: int, width: int, is_trained: bool) -> float:

@@ -1,6 +1,6 @@
 """What a run needs: parameters, memory per GPU, batch arithmetic, training FLOPs and time, by stage and phase.
 
-    python launch/plan.py --config configs/qwen3_0.6b.yaml --gpus 8 [--gpu-memory-gib 80] [a.b=value ...]
+    python launch/plan.py --config configs/qwen3_0.6b.yaml --gpus 8 [--gpu-memory-gib 80] [--json F] [a.b=value ...]
 
 Nothing is allocated or read but the configuration. Speed is an assumption, stated in the output: give the peak of
 your GPU and the utilisation you have seen (`--peak-tflops`, `--mfu`).
@@ -9,8 +9,13 @@ your GPU and the utilisation you have seen (`--peak-tflops`, `--mfu`).
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +28,8 @@ from launch.tasks import Phase, RQVAETask
 from rqvae import BaseLM, FlatTransformer, RQTransformer
 
 GIB = 1 << 30
+GPU_SIZES_GIB = (40, 80, 141)
+"""For which the largest micro-batch is told."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,23 @@ class PhasePlan:
 
     stage: Stage
     phase: Phase
+    parts: dict[str, int]
+    """Parameters by module of the model; a shared one counts where it comes first."""
     parameters: memory.Parameters
     memory: memory.Memory
+    largest_micro_batch: dict[int, int]
+    """Samples that fit, by GiB of memory; 0: not even one."""
+    checkpoint_bytes: float
+    """Of all ranks together."""
     tokens: int
     """In all steps of the phase."""
     flops: float
     """Of all its steps, without recomputation."""
+
+    @property
+    def step_flops(self) -> float:
+        """Of one step, over all ranks."""
+        return self.flops / (self.phase.end - self.phase.start)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--peak-tflops", type=float, default=312.0, help="of one GPU in the run's precision (A100, bf16: 312)"
     )
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that training reaches")
+    parser.add_argument("--json", type=Path, metavar="F", help="file to write everything to, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over the file's")
     args = parser.parse_args(arguments)
     try:
@@ -65,13 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"assumed: {args.peak_tflops:g} TFLOP/s peak per GPU, MFU {args.mfu:g}\n")
     for part in plans:
         describe(part, config, args.gpus, args.gpu_memory_gib, args.peak_tflops * 1e12 * args.mfu)
+    if args.json:
+        speed = args.gpus * args.peak_tflops * 1e12 * args.mfu
+        args.json.write_text(json.dumps([as_json(part, speed) for part in plans], indent=2) + "\n")
     return 0 if all(part.memory.peak <= args.gpu_memory_gib * GIB for part in plans) else 1
 
 
 def plan(config: RunConfig, gpus: int) -> list[PhasePlan]:
     """All phases of the stages that the configuration has settings for (of the three without `joint`).
-
-    The targets of `stochastic_codes` are not counted.
 
     Raises:
         ValueError: the batch does not divide by the ranks.
@@ -127,6 +147,8 @@ def rq_transformer(config: RunConfig, gpus: int) -> list[PhasePlan]:
     kept = memory.latent_model(
         model_class.__name__, shape, length, width(config), config.train.activation_checkpointing
     )
+    if config.train.stochastic_codes:
+        kept += memory.soft_targets(shape)
     factor = shape.compression_factor
     per_token = 3 * flops.latent_model(model_class.__name__, shape, length / factor) / factor
     phase = Phase("full", 0, config.train.steps)
@@ -155,13 +177,59 @@ def phase_plan(
     """Needs of a phase from those of a token."""
     assert config.stage is not None
     check_world_size(config, gpus)
-    train = config.train
+    train, length = config.train, config.data.sample_length
     parameters = memory.Parameters.of(model, train, gpus)
-    per_pass = train.micro_batch_size * config.data.sample_length
-    logits = memory.logits(*head, per_pass, width(config), trains_head)
-    needs = memory.memory(parameters, train, width(config), activations_per_token * per_pass, logits)
-    tokens = (phase.end - phase.start) * train.global_batch_size * config.data.sample_length
-    return PhasePlan(config.stage, phase, parameters, needs, tokens, flops_per_token * tokens)
+
+    def needs(micro_batch_size: int) -> memory.Memory:
+        per_pass = micro_batch_size * length
+        logits = memory.logits(*head, per_pass, width(config), trains_head)
+        return memory.memory(parameters, train, width(config), activations_per_token * per_pass, logits)
+
+    def largest_in(gib: int) -> int:
+        return largest(lambda size: needs(size).peak <= gib * GIB)
+
+    tokens = (phase.end - phase.start) * train.global_batch_size * length
+    return PhasePlan(
+        stage=config.stage,
+        phase=phase,
+        parts=parameters_by_part(model),
+        parameters=parameters,
+        memory=needs(train.micro_batch_size),
+        largest_micro_batch={gib: largest_in(gib) for gib in GPU_SIZES_GIB},
+        checkpoint_bytes=memory.checkpoint(parameters, train, width(config)),
+        tokens=tokens,
+        flops=flops_per_token * tokens,
+    )
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Parameters under each name of two words, such as `encoder.backbone`, without repetition."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = ".".join(name.split(".")[:2])
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, where all smaller ones fit too; 0 if 1 does not."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def as_json(part: PhasePlan, flops_per_second: float) -> dict[str, Any]:
+    """Everything about a phase, with derived figures."""
+    return dataclasses.asdict(part) | {
+        "states_bytes": part.memory.states,
+        "peak_bytes": part.memory.peak,
+        "step_flops": part.step_flops,
+        "days": part.flops / flops_per_second / 86400,
+    }
 
 
 def describe(
@@ -179,9 +247,12 @@ def describe(
         for kind in ("optimizer", "param")
         if (place := getattr(staged.train, f"offload_{kind}")) != "none"
     )
+    parts = ", ".join(f"{name} {count:,}" for name, count in part.parts.items())
+    fitting = ", ".join(f"{size} in {gib} GiB" for gib, size in part.largest_micro_batch.items())
     print(
         f"{part.stage}, {phase.name}: steps {phase.start:,} to {phase.end:,}\n"
         f"  parameters  {counts.total:,}, trained {counts.trainable:,}\n"
+        f"              {parts}\n"
         f"  batch       {batch_arithmetic(staged, gpus)}\n"
         f"  memory, GiB per rank, ZeRO-{staged.train.zero_stage}, {'bf16' if width(staged) == 2 else 'fp32'}"
         f"{offload}"
@@ -190,7 +261,10 @@ def describe(
         print(f"    {name:12}{gib:10.2f}")
     print(
         f"    {'peak':12}{needs.peak / GIB:10.2f}  {verdict}{host}\n"
-        f"  compute     {part.tokens:,} tokens, {part.flops:.3g} FLOP, about {hours:,.1f} h\n"
+        f"  micro-batch at most {fitting} per rank\n"
+        f"  checkpoint  {part.checkpoint_bytes / GIB:.2f} GiB\n"
+        f"  compute     {part.tokens:,} tokens, {part.flops:.3g} FLOP ({part.step_flops:.3g} a step), "
+        f"about {hours:,.1f} h ({hours / 24:,.1f} days)\n"
     )
 
 

@@ -27,7 +27,7 @@ from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory, source_directories
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
-from rqvae.loading import Codec
+from rqvae.codec import Codec
 
 SPLITS = ("train", "validation")  # what training reads; evaluation encodes the test split itself
 

@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline import TokenDataset
 from rqvae import LatentModel, latent_bound
-from rqvae.loading import Codec
+from rqvae.codec import Codec
 
 PROMPT_CHUNKS, CONTINUATION_CHUNKS = 4, 8
 NUM_DOCUMENTS = 128

@@ -1,8 +1,8 @@
 """Checkpoints of the public reference implementation (charleslow/rq_vae), as our codec in its layout.
 
 Its `.pt` holds `config` (model_name, latent_dim, compression_factor, codebook_size, codebook_levels) and
-`model_state_dict`. Ours differs in places where no renaming helps; what has no place is listed and refused, so that
-a converted codec always computes what the original does.
+`model_state_dict`; the number of refinement layers shows in the latter only. `codec.resample: original` computes what
+it does on text without padding. What has no place is listed and refused.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rqvae.config import RQVAEConfig
 
+HEADS = 8
+"""Of its refinement layers."""
+_LAYER = r"(encoder|decoder)\.latent_refinement\.(\d+)\."
 _RENAMED = [
+    (_LAYER + r"norm1\.(weight|bias)", r"\1.refinement.layers.\2.attention_norm.\3"),
+    (_LAYER + r"norm2\.(weight|bias)", r"\1.refinement.layers.\2.mlp_norm.\3"),
+    (_LAYER + r"self_attn\.in_proj_(weight|bias)", r"\1.refinement.layers.\2.attention.qkv_proj.\3"),
+    (_LAYER + r"self_attn\.out_proj\.(weight|bias)", r"\1.refinement.layers.\2.attention.out_proj.\3"),
     (r"encoder\.backbone\.(.+)", r"encoder.backbone.\1"),
     (r"decoder\.backbone\.(?!embed_tokens)(.+)", r"decoder.backbone.\1"),
     (r"decoder\.output_head\.weight", r"decoder.head.weight"),
@@ -49,26 +57,32 @@ def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return content["config"], content["model_state_dict"]
 
 
-def check_config(path: Path, reference: Mapping[str, Any], config: RQVAEConfig) -> None:
+def check_config(
+    path: Path, reference: Mapping[str, Any], state: Mapping[str, Tensor], config: RQVAEConfig
+) -> None:
     """The codec that the tensors are to go into has the reference's shape.
 
     Raises:
         ValueError: lists every setting that must be another.
     """
-    wanted = {
-        name: reference.get(name)
-        for name in ("compression_factor", "codebook_size", "codebook_levels", "latent_dim")
-    }
+    shape = ("compression_factor", "codebook_size", "codebook_levels", "latent_dim")
+    wanted = {name: reference.get(name) for name in shape}
+    latent_dim = reference.get("latent_dim")
+    layers = {match[2] for name in state if (match := re.match(_LAYER, name))}
     wanted |= {
-        "resample": "reference", "codebook_dim": reference.get("latent_dim"), "num_latent_layers": 0,
+        "resample": "original", "codebook_dim": latent_dim, "num_latent_layers": len(layers),
         "token_dropout": 0.0, "encoder_context": "document",
     }  # fmt: skip
+    if layers and isinstance(latent_dim, int):
+        wanted["latent_head_dim"] = latent_dim // HEADS
     values = config.model_dump()
     problems = [
         f"codec.{name}: {values[name]}, must be {wanted[name]}"
         for name in wanted
         if values[name] != wanted[name]
     ]
+    if reference.get("compression_factor") == 1:
+        problems.append("compression_factor 1: the original has no downsampling then, ours does")
     if config.backbone.shared or config.backbone.decoder != "same":
         problems.append("codec.backbone: must be shared: false, decoder: same")
     if problems:
@@ -88,28 +102,21 @@ def convert_reference(
     """
     converted: dict[str, Tensor] = {}
     problems: list[str] = []
-    num_steps = sum(
-        name.startswith("encoder.downsample.") and tensor.dim() == 3 for name, tensor in state.items()
-    )
     for name, tensor in state.items():
-        if re.fullmatch(_UNUSED, name):
+        if re.fullmatch(_UNUSED, name) or re.fullmatch(_LAYER + r"ffn\.w[123]\.weight", name):
             continue
         ours = _our_name(name)
         if ours is None:
-            problems.append(f"{name}: {_why(name)}")
-        elif name.startswith("encoder.downsample.") and num_steps > 1:
-            problems.append(
-                f"{name}: its norms run over the backbone's width, ours also over the embeddings beside it; "
-                "exact with compression_factor 2 only"
-            )
+            problems.append(f"{name}: has no place in our codec")
         else:
-            converted[ours] = _beside_nothing(tensor) if _reads_hidden(ours, tensor) else tensor.float()
-    # Ours has a projection in and out of the codebook space, and reads embeddings beside the backbone's states.
+            converted[ours] = tensor.float()
+    converted |= _feed_forward(state, like)
+    # Ours has a projection in and out of the codebook space, and something for places without a token.
     width = like["encoder.to_codebook.weight"].shape[0]
     for name in ("encoder.to_codebook", "decoder.from_codebook"):
         converted |= {f"{name}.weight": torch.eye(width), f"{name}.bias": torch.zeros(width)}
     for name in like.keys() - converted.keys():
-        if name in ("encoder.embedding_norm.weight", "quantizer.ema_distortion"):
+        if name == "quantizer.ema_distortion":
             converted[name] = torch.ones(like[name].shape)
         elif name == "encoder.absent_token" or name.endswith(".dead_replaced"):
             converted[name] = torch.zeros(like[name].shape, dtype=like[name].dtype)
@@ -125,6 +132,25 @@ def convert_reference(
     return converted
 
 
+def _feed_forward(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Its SwiGLU layers under our names, widened by zeros, since our widths are multiples of 64."""
+    found: dict[str, Tensor] = {}
+    for name in state:
+        match = re.fullmatch(_LAYER + r"ffn\.w1\.weight", name)
+        if match is None:
+            continue
+        layer = name.removesuffix("w1.weight")
+        gate, up, down = (state.get(f"{layer}w{place}.weight") for place in (1, 3, 2))
+        ours = f"{match[1]}.refinement.layers.{match[2]}.mlp"
+        if up is None or down is None or f"{ours}.down_proj.weight" not in like:
+            continue  # reported as missing, or as a layer too many
+        more = like[f"{ours}.down_proj.weight"].shape[1] - gate.shape[0]  # type: ignore[union-attr]
+        gate, up = (F.pad(weight.float(), (0, 0, 0, more)) for weight in (gate, up))  # type: ignore[union-attr]
+        found[f"{ours}.gate_up_proj.weight"] = torch.cat([gate, up])
+        found[f"{ours}.down_proj.weight"] = F.pad(down.float(), (0, more))
+    return found
+
+
 def _our_name(name: str) -> str | None:
     for pattern, replacement in _RENAMED:
         if match := re.fullmatch(pattern, name):
@@ -136,18 +162,3 @@ def _our_name(name: str) -> str | None:
     step, place = divmod(int(match[2]), 3)
     stack = "encoder.downsample" if match[1] == "encoder.downsample" else "decoder.upsample.stack"
     return f"{stack}.{'norms' if place else 'convolutions'}.{step}.{match[3]}"
-
-
-def _why(name: str) -> str:
-    if ".latent_refinement." in name:
-        return "refinement of another kind (LayerNorm, biases, no positions)"
-    return "has no place in our codec"
-
-
-def _reads_hidden(ours: str, tensor: Tensor) -> bool:
-    return ours == "encoder.downsample.convolutions.0.weight" and tensor.dim() == 3
-
-
-def _beside_nothing(weight: Tensor) -> Tensor:
-    """A convolution [out, H, 3] over the backbone's states as one over these and the embeddings [out, 2H, 3]."""
-    return torch.cat([weight.float(), torch.zeros_like(weight, dtype=torch.float32)], dim=1)

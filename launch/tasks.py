@@ -150,6 +150,10 @@ class Task(ABC):
         """Parameters that started from pretrained weights."""
         return iter(())
 
+    def reconstructing_head(self, model: nn.Module) -> nn.Module | None:
+        """The output head over all positions of the input's own tokens, if the model reconstructs them."""
+        return None
+
     def before_step(self, engine: nn.Module, dataset: Dataset, step: int, rank: int, world_size: int) -> None:
         """Called by all ranks before the forward pass of a step; `engine` is the model under DeepSpeed."""
 
@@ -234,6 +238,9 @@ class RQVAETask(Task):
 
     def backbone_parameters(self, model: RQVAE) -> Iterator[nn.Parameter]:  # type: ignore[override]
         return model.backbone_parameters()
+
+    def reconstructing_head(self, model: RQVAE) -> nn.Module:  # type: ignore[override]
+        return model.decoder.head
 
     def before_step(
         self,

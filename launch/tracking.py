@@ -24,14 +24,20 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from launch.config import RunConfig, Stage
 
+if TYPE_CHECKING:
+    from launch.reconstructions import Reconstruction  # torch, which most readers of metrics do without
+
+
+TABLES = 10
+"""Tables of reconstructions in a run, besides that of the first validation."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -146,6 +152,7 @@ class Tracker:
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self.stage = stage
+        self._train = config.train
         self._log: MetricsLog | None = None
         self._wandb: Any = None
         self._elapsed_before_s = 0.0
@@ -192,6 +199,31 @@ class Tracker:
         (directory / f"step-{step:08d}.json").write_text(json.dumps({"step": step, "counts": counts}) + "\n")
         if self._wandb is not None:
             self._wandb.log({"step": step} | _histograms(counts))
+
+    def log_reconstructions(self, step: int, samples: Sequence[Reconstruction]) -> None:
+        """Keep what the codec made of validation samples.
+
+        Written to `RUN_DIRECTORY/reconstructions/step-00000200.txt`; the mirror gets a table at the first validation
+        and at the first after every tenth of the run, because each table is a file of its own there.
+        """
+        if self._log is None or not samples:
+            return
+        directory = self._log.path.parent / "reconstructions"
+        directory.mkdir(exist_ok=True)
+        parts = [
+            f"# {number}: {sample.num_wrong} of {sample.num_tokens} tokens wrong, [wanted|got]\n{sample.marked}\n"
+            for number, sample in enumerate(samples)
+        ]
+        (directory / f"step-{step:08d}.txt").write_text("\n".join(parts), encoding="utf-8")
+        if self._wandb is not None and self._table_is_due(step):
+            import wandb
+
+            table = wandb.Table(columns=list(samples[0]._fields), data=[list(sample) for sample in samples])
+            self._wandb.log({"step": step, "validation/reconstructions": table})
+
+    def _table_is_due(self, step: int) -> bool:
+        before = max(0, step - self._train.eval_every)
+        return before == 0 or step * TABLES // self._train.steps > before * TABLES // self._train.steps
 
     def sync(self) -> None:
         """Force metrics.jsonl to the disk; call it before a checkpoint is marked complete."""

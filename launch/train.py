@@ -167,10 +167,11 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
                 guards.check_codebooks(step, codebooks)
             if step % config.train.eval_every == 0 or step == config.train.steps:
                 with window.outside():
-                    validation, counts = validate(task, engine, config, rank, world_size, device, step - 1)
-                    record(tracker, phase, "validation", step, validation)
-                    if counts is not None:
-                        tracker.log_code_counts(step, counts.long().tolist())
+                    found = validate(task, engine, config, rank, world_size, device, step - 1)
+                    record(tracker, phase, "validation", step, found.metrics)
+                    if found.code_counts is not None:
+                        tracker.log_code_counts(step, found.code_counts.long().tolist())
+                    tracker.log_reconstructions(step, found.reconstructions)
             is_needed = step == phase.end or stopped is not None
             if is_needed or checkpointer.due(step):
                 tracker.sync()

@@ -151,13 +151,15 @@ class RQVAEConfig(StrictModel):
     latent_dim: int = Field(default=256, gt=0)
     """L: width of the layers at latent resolution, on both sides of the quantizer."""
     num_latent_layers: int = Field(default=1, ge=0)
-    """Refinement layers at latent resolution, in the encoder and again in the decoder; causal but for
-    `resample: reference`."""
+    """Refinement layers at latent resolution, in the encoder and again in the decoder; causal with
+    `resample: chunked` only."""
     latent_head_dim: int = Field(default=64, gt=0)
-    resample: Literal["chunked", "reference"] = "chunked"
+    resample: Literal["chunked", "reference", "original"] = "chunked"
     """chunked: chunks do not reach into each other and everything is causal. reference: overlapping
     convolutions (kernel 3 and 4, stride 2) and unmasked refinement as in charleslow/rq_vae, for the
-    ablation; such codes see the future, so generation refuses them."""
+    ablation; such codes see the future, so generation refuses them. original: that codec to the letter, for
+    its converted checkpoints: its refinement layers (biases, no positions) and the backbone's states alone as
+    input, without the embeddings beside them."""
     encoder_context: Literal["document", "chunk"] = "document"
     """What a latent may depend on: all of its document up to its chunk's end, or its chunk alone."""
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -237,19 +239,26 @@ class RQVAEConfig(StrictModel):
                     f"quantizer.fsq_levels: their product is {math.prod(quantizer.fsq_levels)}, codebook_size "
                     f"is {self.codebook_size}"
                 )
-        if self.resample == "reference" and self.compression_factor & (self.compression_factor - 1):
+        if self.resample != "chunked" and self.compression_factor & (self.compression_factor - 1):
             raise ValueError(
-                f"resample: reference halves step by step, so compression_factor={self.compression_factor} "
+                f"resample: {self.resample} halves step by step, so compression_factor={self.compression_factor} "
                 "must be a power of 2"
             )
-        if self.resample == "reference" and self.encoder_context == "chunk":
-            raise ValueError("encoder_context: chunk is not alone with resample: reference, which overlaps")
+        if self.resample != "chunked" and self.encoder_context == "chunk":
+            raise ValueError(
+                f"encoder_context: chunk is not alone with resample: {self.resample}, which overlaps"
+            )
         return self
 
     @property
     def sees_future(self) -> bool:
         """Codes depend on the text after them: nothing can be generated or scored conditionally with them."""
-        return self.model == "rqvae" and self.resample == "reference"
+        return self.model == "rqvae" and self.resample != "chunked"
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """The encoder's downsampling gets the tokens' embeddings beside the backbone's states."""
+        return self.resample != "original"
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ class TextDecoder(nn.Module):
     """Projection from the codebook space, causal refinement, upsampling, causal backbone, output head.
 
     The logits of chunk j depend on latents up to j only, so text can be decoded while it is generated. Not so
-    with `resample: reference`.
+    with `resample: reference` or `original`.
 
     Args:
         shared_backbone: the encoder's backbone with its embeddings, for `backbone.shared`.

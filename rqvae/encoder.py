@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
     """Causal backbone, strided convolution over its states and the token embeddings, causal refinement, projection.
 
     Latent j depends on tokens before (j + 1) K of its own document only, so that the latents of a prompt
-    do not depend on what follows it. Not so with `resample: reference`.
+    do not depend on what follows it. Not so with `resample: reference` or `original`.
     """
 
     def __init__(self, config: RQVAEConfig):
@@ -59,17 +59,18 @@ class TextEncoder(nn.Module):
         self.compression_factor = config.compression_factor
         self.context = config.encoder_context
         self.backbone = build_backbone(config.backbone.architecture, with_embeddings=True)
+        width = 2 * hidden if config.reads_embeddings else hidden
         # Stands for the places of a chunk that hold no token. The backbone's own output there would
         # depend on whatever else is packed into the sample.
-        self.absent_token = nn.Parameter(torch.randn(2 * hidden) * 0.02)
+        self.absent_token = nn.Parameter(torch.randn(width) * 0.02)
         # The last states of a language model tell the next token better than their own; the embeddings beside
         # them spare the backbone carrying the tokens through (token accuracy 0.26 against 0.21 after 50 steps).
-        self.embedding_norm = nn.LayerNorm(hidden, bias=False)
+        self.embedding_norm = nn.LayerNorm(hidden, bias=False) if config.reads_embeddings else None
         # Stands for tokens that are hidden in training.
         self.mask_token = nn.Parameter(torch.randn(hidden) * 0.02) if config.token_dropout else None
         self.is_causal = config.resample == "chunked"
         resample = Downsample if self.is_causal else ReferenceDownsample
-        self.downsample = resample(2 * hidden, config.latent_dim, config.compression_factor)
+        self.downsample = resample(width, config.latent_dim, config.compression_factor)
         self.refinement = build_refinement(config)
         self.to_codebook = nn.Linear(config.latent_dim, config.codebook_dim)
 
@@ -97,7 +98,8 @@ class TextEncoder(nn.Module):
                 hidden_tokens[..., None], self.mask_token.to(embeddings.dtype), embeddings
             )
         hidden = run_backbone(self.backbone, embeddings, document_ids)
-        hidden = torch.cat([hidden, self.embedding_norm(embeddings)], dim=-1)
+        if self.embedding_norm is not None:
+            hidden = torch.cat([hidden, self.embedding_norm(embeddings)], dim=-1)
         hidden = torch.where((document_ids > 0)[..., None], hidden, self.absent_token.to(hidden.dtype))
         latents = self.downsample(hidden)
         documents = chunk_documents(document_ids, self.compression_factor)

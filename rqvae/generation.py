@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rqvae.codec import Codec
 from rqvae.latent_model import LatentModel
-from rqvae.loading import Codec
 
 DECODE_BLOCK = 32
 """Latents generated between two decodes. Decoding many positions at once is nearly free, but the end of a
@@ -79,7 +79,7 @@ class LatentGenerator:
     def __init__(self, vae: Codec, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
         if vae.config.sees_future:
             raise ValueError(
-                "codes made with resample: reference depend on the text after them, so they cannot be "
+                f"codes made with resample: {vae.config.resample} depend on the text after them, so they cannot be "
                 "generated in order; train a codec with resample: chunked"
             )
         check_pair(vae, rq_transformer)

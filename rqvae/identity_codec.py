@@ -7,20 +7,19 @@ just: the codes also say where a document begins on the chunk grid and which pla
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rqvae import persistence
+from rqvae.codec import Codec
 from rqvae.config import RQVAEConfig
 from rqvae.encoder import token_documents
 from rqvae.rq_vae import RQVAEOutput
 
 
-class IdentityCodec(nn.Module):
-    """K tokens <-> K codes, with the interface of `RQVAE`.
+class IdentityCodec(Codec):
+    """K tokens <-> K codes.
 
     Code i of a chunk is its token i; the one code beyond the vocabulary stands for a place without a token.
 
@@ -32,26 +31,10 @@ class IdentityCodec(nn.Module):
     """
 
     def __init__(self, config: RQVAEConfig):
-        super().__init__()
+        super().__init__(config)
         if config.model != "identity":
             raise ValueError(f"an IdentityCodec needs model: identity, not {config.model}")
-        self.config = config.model_copy(
-            update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
-        )
         self.absent = config.backbone.architecture.vocab_size
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> IdentityCodec:
-        """Load what `save_pretrained` wrote; ValueError if it is something else."""
-        return persistence.load_model(cls, RQVAEConfig, directory)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json`; there are no weights."""
-        persistence.save_model(self, self.config, directory)
-
-    def codec_hash(self) -> str:
-        """sha256 over the configuration: the identity of the codes this codec makes."""
-        return persistence.content_hash(self, self.config)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None

@@ -111,14 +111,14 @@ class TransformerCache:
 
 
 class RoPEAttention(nn.Module):
-    """Multi-head self-attention with rotary positions (or none), without biases."""
+    """Multi-head self-attention with rotary positions (or none)."""
 
-    def __init__(self, dim: int, head_dim: int):
+    def __init__(self, dim: int, head_dim: int, has_biases: bool = False):
         super().__init__()
         self.num_heads = dim // head_dim
         self.head_dim = head_dim
-        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=has_biases)
+        self.out_proj = nn.Linear(dim, dim, bias=has_biases)
 
     def forward(
         self,
@@ -172,12 +172,12 @@ class SwiGLU(nn.Module):
 class SwiGLUTransformerLayer(nn.Module):
     """One pre-norm layer: rotary attention, then SwiGLU."""
 
-    def __init__(self, dim: int, head_dim: int, mlp_dim: int):
+    def __init__(self, dim: int, head_dim: int, mlp_dim: int, has_biases: bool = False):
         super().__init__()
         # LayerNorm and not RMSNorm, because torch has a fused kernel for it on every device.
-        self.attention_norm = nn.LayerNorm(dim, bias=False)
-        self.attention = RoPEAttention(dim, head_dim)
-        self.mlp_norm = nn.LayerNorm(dim, bias=False)
+        self.attention_norm = nn.LayerNorm(dim, bias=has_biases)
+        self.attention = RoPEAttention(dim, head_dim, has_biases)
+        self.mlp_norm = nn.LayerNorm(dim, bias=has_biases)
         self.mlp = SwiGLU(dim, mlp_dim)
 
     def forward(
@@ -198,6 +198,7 @@ class TransformerBlock(nn.Module):
 
     Args:
         rope_theta: base of the rotary positions; None for a stack whose inputs carry their positions.
+        has_biases: of attention and its norms.
     """
 
     def __init__(
@@ -208,13 +209,15 @@ class TransformerBlock(nn.Module):
         mlp_ratio: float,
         rope_theta: float | None,
         has_norm: bool = True,
+        has_biases: bool = False,
     ):
         super().__init__()
         self.num_heads = dim // head_dim
         self.head_dim = head_dim
         self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, rope_theta)
         self.layers: Sequence[SwiGLUTransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
-            SwiGLUTransformerLayer(dim, head_dim, mlp_width(dim, mlp_ratio)) for _ in range(num_layers)
+            SwiGLUTransformerLayer(dim, head_dim, mlp_width(dim, mlp_ratio), has_biases)
+            for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, bias=False) if has_norm else nn.Identity()
         self.gradient_checkpointing = False

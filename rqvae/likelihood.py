@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rqvae.codec import Codec
 from rqvae.latent_model import LatentModel
-from rqvae.loading import Codec
 
 
 class LatentBound(NamedTuple):
@@ -45,8 +45,8 @@ def latent_bound(
     """
     if vae.config.sees_future and latent_model.config.reads_tokens:
         raise ValueError(
-            "resample: reference with spatial_input: tokens is no bound: the codes are scored given the text, and "
-            "the text given later codes"
+            f"resample: {vae.config.resample} with spatial_input: tokens is no bound: the codes are scored given the "
+            "text, and the text given later codes"
         )
     scored = vae(input_ids, document_ids=document_ids)
     text = input_ids if latent_model.config.reads_tokens else None

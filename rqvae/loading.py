@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from rqvae import persistence
+from rqvae.codec import Codec
 from rqvae.config import RQVAEConfig
 from rqvae.flat_transformer import FlatTransformer
 from rqvae.identity_codec import IdentityCodec
 from rqvae.latent_model import LatentModel
 from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
-
-Codec = RQVAE | IdentityCodec
 
 
 def create_codec(config: RQVAEConfig) -> Codec:

@@ -7,13 +7,15 @@ from rqvae.layers import TransformerBlock
 
 
 def build_refinement(config: RQVAEConfig) -> TransformerBlock:
-    """`num_latent_layers` layers on [B, S, latent_dim], with a final norm."""
+    """`num_latent_layers` layers on [B, S, latent_dim], with a final norm (but for the original's)."""
+    is_original = config.resample == "original"
     return TransformerBlock(
         config.latent_dim,
         config.num_latent_layers,
         config.latent_head_dim,
-        8 / 3,
-        1e4,
+        2.67 if is_original else 8 / 3,
+        None if is_original else 1e4,
         # The reference's layout has no lone norm.
-        has_norm=config.resample == "chunked" or config.num_latent_layers > 0,
+        has_norm=config.resample == "chunked" or (config.num_latent_layers > 0 and not is_original),
+        has_biases=is_original,
     )

@@ -3,8 +3,9 @@
 Kernel and stride are both K, so no chunk reaches into another one: latent j is made of tokens
 [jK, (j+1)K) and token jK+i of latent j. Causality between chunks is the business of the transformers.
 
-The `Reference...` pair is the overlapping one of charleslow/rq_vae, kept for the ablation: its convolutions
-reach into the chunks beside, also where another document begins there, and upsampling reads the next latent.
+The `Reference...` pair is the overlapping one of charleslow/rq_vae, kept for the ablation and its checkpoints: its
+convolutions reach into the chunks beside, also where another document begins there, and upsampling reads the next
+latent.
 """
 
 from __future__ import annotations

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rqvae import persistence
 from rqvae.backbone import load_pretrained
+from rqvae.codec import Codec
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import TextEncoder, chunk_documents, token_documents
@@ -41,43 +40,17 @@ class RQVAEOutput(NamedTuple):
     """[D] sum over real latents of the squared norm left after every level; empty while quantization is off."""
 
 
-class RQVAE(nn.Module):
-    """Residual-quantized autoencoder of text (Lee 2022, section 3.1, on causal language models).
-
-    Shapes: B batch, T tokens, K compression factor, S = T / K latents, D levels, V vocabulary.
-    """
+class RQVAE(Codec):
+    """Residual-quantized autoencoder of text (Lee 2022, section 3.1, on causal language models)."""
 
     def __init__(self, config: RQVAEConfig):
-        super().__init__()
+        super().__init__(config)
         if config.model != "rqvae":
             raise ValueError(f"an RQVAE needs model: rqvae; model: {config.model} has nothing to train")
-        # Where the weights once started from is the run's business: a saved codec is complete without it.
-        self.config = config.model_copy(
-            update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
-        )
         self.encoder = TextEncoder(config)
         self.quantizer = ResidualQuantizer(config.codebook_sizes, config.codebook_dim, config.quantizer)
         shared = self.encoder.backbone if config.backbone.shared else None
         self.decoder = TextDecoder(config, shared)
-
-    # Persistence ---------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> RQVAE:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Raises:
-            ValueError: the directory is missing, damaged or holds something else.
-        """
-        return persistence.load_model(cls, RQVAEConfig, directory)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and safetensors."""
-        persistence.save_model(self, self.config, directory)
-
-    def codec_hash(self) -> str:
-        """sha256 over configuration and weights: the identity of the codes this codec makes."""
-        return persistence.content_hash(self, self.config)
 
     # Training ------------------------------------------------------------------------------------------
 
@@ -201,13 +174,7 @@ class RQVAE(nn.Module):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Codes of token chunks: LongTensor [B, T] -> LongTensor [B, T / K, D].
-
-        Args:
-            input_ids, attention_mask, document_ids: as in `forward`.
-            sample: draw every code instead of taking the nearest (`ResidualQuantizer.sample`).
-            generator: of the draws, on the device of the model.
-        """
+        """See `Codec.encode`."""
         with torch.inference_mode():
             latents = self.quantizer.bound(
                 self.encoder(input_ids, self._documents(input_ids, attention_mask, document_ids))
@@ -225,15 +192,7 @@ class RQVAE(nn.Module):
         return codes.clone()
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of the tokens of every latent.
-
-        Args:
-            codes: LongTensor [B, S, D'], the first D' <= D levels.
-            document_ids: LongTensor [B, S] document of every latent, 0 at padding; one document by default.
-
-        Returns:
-            [B, S * K, V].
-        """
+        """See `Codec.decode`."""
         if document_ids is None:
             document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
         with torch.inference_mode():
@@ -245,16 +204,7 @@ class RQVAE(nn.Module):
 
     @torch.inference_mode()
     def decode_block(self, codes: Tensor, documents: Tensor, cache: DecoderCache) -> Tensor:
-        """The most likely tokens of further latents.
-
-        Args:
-            codes: LongTensor [B, n, D], those that follow what `cache` holds.
-            documents: LongTensor [B, n], 0 at padding.
-            cache: extended in place.
-
-        Returns:
-            LongTensor [B, n * K].
-        """
+        """See `Codec.decode_block`."""
         return self.decoder(self.quantizer.embed(codes), documents, cache=cache).argmax(-1)
 
     def _documents(

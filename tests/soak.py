@@ -41,6 +41,7 @@ TARGETS = ("one rank", "all ranks", "launcher")
 MOMENTS = ("step", "evaluation", "checkpoint", "phase switch", "start")
 STEPS, FROZEN_STEPS, EVAL_EVERY = 40, 15, 10
 PATIENCE_S = 300.0
+"""Before something is taken to hang, at least: a start gets five times what the whole run took on this machine."""
 
 
 def complete_steps(root: Path) -> list[int]:
@@ -136,8 +137,10 @@ class Soak:
         self._program = root / "program"
         for package in ("launch", "rqvae", "data_pipeline"):
             shutil.copytree(REPOSITORY / package, self._program / package)
-        whole = run(self._command("whole"), timeout_s=900, program=self._program)
+        start = time.monotonic()
+        whole = run(self._command("whole"), timeout_s=3600, program=self._program)
         assert whole.returncode == 0, whole.stdout + whole.stderr
+        self._patience_s = max(PATIENCE_S, 5 * (time.monotonic() - start))
         self.expected = records(root / "whole/rqvae/metrics.jsonl")
         assert self.expected[-1]["step"] == STEPS
 
@@ -168,7 +171,7 @@ class Soak:
                 if self.kills.total() < kills:
                     self._kill_at_some_moment(process, directory)
                 try:
-                    status = process.wait(timeout=PATIENCE_S)
+                    status = process.wait(timeout=self._patience_s)
                 except subprocess.TimeoutExpired:
                     for pid in [*descendants(process.pid), process.pid]:
                         os.kill(pid, signal.SIGKILL)
@@ -197,7 +200,7 @@ class Soak:
         start, lines = time.monotonic(), len(records(directory / "metrics.jsonl"))
         delay = self._draw.uniform(0, 15) if moment == "start" else self._draw.uniform(0, 0.3)
         while process.poll() is None:
-            assert time.monotonic() - start < PATIENCE_S, f"{moment} never came"
+            assert time.monotonic() - start < self._patience_s, f"{moment} never came"
             if self._reached(moment, directory, lines) and (
                 moment != "start" or time.monotonic() - start > delay
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -45,6 +46,16 @@ def test_chain_from_text_to_report(tmp_path: Path, nano_corpus: Path) -> None:
     assert len(report["speed"]["rows"]) == 3
     assert set(report["compute"]) == {"base_lm", "rqvae", "rq_transformer"}
     assert (project / "report.html").stat().st_size > 10_000
+
+    # Rank 0 has 4 of the 6 validation samples, which were kept with what ZeRO-3's forward pass made of them.
+    shown = {path.name: path.read_text() for path in (project / "rqvae/reconstructions").iterdir()}
+    assert sorted(shown) == ["step-00000010.txt", "step-00000020.txt"]
+    for text in shown.values():
+        totals = re.findall(r"# \d: (\d+) of (\d+) tokens wrong", text)
+        assert len(totals) == 4
+        assert text.count("|") - 4 == sum(int(wrong) for wrong, _ in totals)  # the headings explain the marks
+    wrong, of = (sum(map(int, column)) for column in zip(*totals, strict=True))
+    assert 0 < wrong < of
 
     vae = RQVAE.from_pretrained(project / "model/rqvae")
     rq_transformer = RQTransformer.from_pretrained(project / "model/rq_transformer")

@@ -81,3 +81,14 @@ def test_options_under_zero_3_learn_what_one_process_learns(
         result = run(command)
         assert result.returncode == 0, result.stdout + result.stderr
     assert losses(tmp_path, "zero3") == pytest.approx(losses(tmp_path, "alone"), rel=1e-5)
+
+
+def test_a_compiled_model_learns_the_same(tmp_path: Path, nano_data: list[str]) -> None:
+    for name, more in (("eager", []), ("compiled", ["train.torch_compile=true"])):
+        command = settings(tmp_path, name, nano_data, "train.zero_stage=0", *more)
+        result = run([sys.executable, "launch/train.py", *command], timeout_s=1800)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(tmp_path, "compiled") == pytest.approx(losses(tmp_path, "eager"), rel=1e-4)
+    # Validation looks into the compiled head, too.
+    shown = [tmp_path / name / "rqvae/reconstructions/step-00000010.txt" for name in ("eager", "compiled")]
+    assert shown[0].read_text() == shown[1].read_text()

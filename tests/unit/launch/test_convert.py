@@ -22,9 +22,11 @@ from rqvae.backbone import BaseLM, huggingface_config
 
 NANO = Path(__file__).parents[2] / "integration/nano.yaml"
 REFERENCE = [
-    "codec.resample=reference", "codec.compression_factor=2", "codec.num_latent_layers=0",
-    "codec.codebook_dim=64", "data.document_grid=2",
-]  # fmt: skip
+    "codec.resample=original",
+    "codec.codebook_dim=64",
+    "codec.latent_head_dim=8",
+    "data.document_grid=4",
+]
 
 
 def test_tensors_read_back_from_several_files_and_damage_is_found(tmp_path: Path) -> None:
@@ -96,24 +98,53 @@ def test_a_run_starts_from_a_converted_model_of_its_shape(tmp_path: Path) -> Non
         ).initialize(lm)
 
 
-class ReferenceCodec(nn.Module):
-    """The published module tree of charleslow/rq_vae at K = 2, with as many refinement layers as asked for."""
+class ReferenceLayer(nn.Module):
+    """Its refinement layer."""
 
-    def __init__(self, architecture: Any, num_refinements: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        hidden, dim = architecture.hidden_size, 64
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attn = nn.MultiheadAttention(dim, 8, batch_first=True)
+        self.ffn = nn.Module()
+        self.ffn.w1 = nn.Linear(dim, int(2.67 * dim), bias=False)
+        self.ffn.w2 = nn.Linear(int(2.67 * dim), dim, bias=False)
+        self.ffn.w3 = nn.Linear(dim, int(2.67 * dim), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.self_attn(normed, normed, normed)[0]
+        normed = self.norm2(x)
+        return x + self.ffn.w2(F.silu(self.ffn.w1(normed)) * self.ffn.w3(normed))
+
+
+class ReferenceCodec(nn.Module):
+    """The published module tree of charleslow/rq_vae, and what it computes when it is not training."""
+
+    def __init__(self, architecture: Any, compression_factor: int, num_refinements: int) -> None:
+        super().__init__()
+        hidden, dim, steps = architecture.hidden_size, 64, compression_factor.bit_length() - 1
+        widths = [hidden] * steps + [dim]
         self.encoder, self.decoder, self.quantizer = nn.Module(), nn.Module(), nn.Module()
         self.encoder.backbone = AutoModel.from_config(huggingface_config(architecture), dtype=torch.float32)
-        self.encoder.downsample = nn.Sequential(nn.Conv1d(hidden, dim, 3, 2, 1), nn.GELU(), nn.LayerNorm(dim))
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
+        for step in range(steps):
+            down += [
+                nn.Conv1d(widths[step], widths[step + 1], 3, 2, 1),
+                nn.GELU(),
+                nn.LayerNorm(widths[step + 1]),
+            ]
+            up += [nn.ConvTranspose1d(hidden, hidden, 4, 2, 1), nn.GELU(), nn.LayerNorm(hidden)]
+        self.encoder.downsample = nn.Sequential(*down)
         self.decoder.backbone = AutoModel.from_config(huggingface_config(architecture), dtype=torch.float32)
         self.decoder.input_proj = nn.Linear(dim, hidden)
-        self.decoder.upsample_layers = nn.Sequential(
-            nn.ConvTranspose1d(hidden, hidden, 4, 2, 1), nn.GELU(), nn.LayerNorm(hidden)
-        )
+        self.decoder.upsample_layers = nn.Sequential(*up)
         self.decoder.output_head = nn.Linear(hidden, architecture.vocab_size, bias=False)
         self.quantizer.quantizers = nn.ModuleList(self._level(dim) for _ in range(3))
         for half in (self.encoder, self.decoder):
-            half.latent_refinement = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_refinements))
+            half.latent_refinement = nn.ModuleList(ReferenceLayer(dim) for _ in range(num_refinements))
+        for parameter in self.parameters():  # no norm or bias does nothing
+            parameter.data += 0.1 * torch.randn_like(parameter)
 
     def _level(self, dim: int) -> nn.Module:
         level = nn.Module()
@@ -123,50 +154,70 @@ class ReferenceCodec(nn.Module):
         level.register_buffer("initialized", torch.tensor([True]))
         return level
 
+    def _resample(self, stack: nn.Sequential, x: Tensor) -> Tensor:
+        for layer in stack:
+            x = (
+                layer(x)
+                if isinstance(layer, (nn.LayerNorm, nn.GELU))
+                else layer(x.transpose(1, 2)).transpose(1, 2)
+            )
+        return x
+
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and logits."""
-        x = self.encoder.backbone(input_ids=input_ids).last_hidden_state
-        x = self.encoder.downsample[2](F.gelu(self.encoder.downsample[0](x.transpose(1, 2))).transpose(1, 2))
+        x = self._resample(
+            self.encoder.downsample, self.encoder.backbone(input_ids=input_ids).last_hidden_state
+        )
+        for layer in self.encoder.latent_refinement:
+            x = layer(x)
         total, codes = torch.zeros_like(x), []
         for level in self.quantizer.quantizers:
             codes.append(torch.cdist(x - total, level.codebook.expand(len(x), -1, -1)).argmin(-1))
             total = total + level.codebook[codes[-1]]
-        y = self.decoder.input_proj(total).transpose(1, 2)
-        y = self.decoder.upsample_layers[2](F.gelu(self.decoder.upsample_layers[0](y)).transpose(1, 2))
+        for layer in self.decoder.latent_refinement:
+            total = layer(total)
+        y = self._resample(self.decoder.upsample_layers, self.decoder.input_proj(total))
         y = self.decoder.backbone(inputs_embeds=y).last_hidden_state
         return torch.stack(codes, -1), self.decoder.output_head(y)
 
 
-def save_reference(path: Path, num_refinements: int, **changed: Any) -> ReferenceCodec:
+def save_reference(
+    path: Path, compression_factor: int, num_refinements: int, changed: dict[str, int] | None = None
+) -> ReferenceCodec:
     torch.manual_seed(0)
     architecture = load_config(NANO).codec.backbone.architecture
-    model = ReferenceCodec(architecture, num_refinements)
+    model = ReferenceCodec(architecture, compression_factor, num_refinements)
     config = {
-        "model_name": "Qwen/Qwen3-0.6B", "latent_dim": 64, "compression_factor": 2, "codebook_size": 32,
-        "codebook_levels": 3, **changed,
+        "model_name": "Qwen/Qwen3-0.6B", "latent_dim": 64, "compression_factor": compression_factor,
+        "codebook_size": 32, "codebook_levels": 3, **(changed or {}),
     }  # fmt: skip
     torch.save({"model_state_dict": model.state_dict(), "config": config}, path)
     return model.eval()
 
 
-def config_file(directory: Path) -> Path:
+def config_file(directory: Path, *overrides: str) -> Path:
     path = directory / "reference.yaml"
-    path.write_text(load_config(NANO, overrides=REFERENCE).to_yaml())
+    path.write_text(load_config(NANO, overrides=[*REFERENCE, *overrides]).to_yaml())
     return path
 
 
-def test_reference_codec_computes_the_same(tmp_path: Path) -> None:
-    reference = save_reference(tmp_path / "codec.pt", 0)
-    command = [str(tmp_path / "codec.pt"), str(tmp_path / "out"), "--to", "safetensors"]
-    assert main([*command, "--config", str(config_file(tmp_path))]) == 0
+@pytest.mark.parametrize(("factor", "layers"), [(2, 0), (4, 2)])
+def test_reference_codec_computes_the_same(tmp_path: Path, factor: int, layers: int) -> None:
+    reference = save_reference(tmp_path / "codec.pt", factor, layers)
+    command = [str(tmp_path / "codec.pt"), str(tmp_path / "out"), "--to", "safetensors", "--config"]
+    command.append(
+        str(config_file(tmp_path, f"codec.compression_factor={factor}", f"codec.num_latent_layers={layers}"))
+    )
+    assert main(command) == 0
     codec = RQVAE.from_pretrained(tmp_path / "out")
     tokens = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         codes, logits = reference(tokens)
     assert torch.equal(codec.encode(tokens), codes)
+    assert codes.unique().numel() > 5
     torch.testing.assert_close(codec.decode(codes), logits, rtol=1e-4, atol=1e-4)
     before = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
-    assert main([*command, "--config", str(config_file(tmp_path))]) == 2  # never overwrites
+    assert main(command) == 2  # never overwrites
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
 
 
@@ -179,18 +230,28 @@ def test_what_cannot_be_converted_is_listed_and_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(tmp_path / "codec.pt"), str(tmp_path / "out"), "--to", "safetensors"]
-    command += ["--config", str(config_file(tmp_path))]
-    save_reference(tmp_path / "codec.pt", 2)
+    command += ["--config", str(config_file(tmp_path, "codec.num_latent_layers=1"))]
+    save_reference(tmp_path / "codec.pt", 4, 1)
+    saved = torch.load(tmp_path / "codec.pt")
+    # As an earlier version of the original named its feed-forward layers.
+    for half in ("encoder", "decoder"):
+        layer = f"{half}.latent_refinement.0"
+        saved["model_state_dict"][f"{layer}.linear1.weight"] = saved["model_state_dict"].pop(
+            f"{layer}.ffn.w1.weight"
+        )
+    torch.save(saved, tmp_path / "codec.pt")
     assert main(command) == 2
     error = capsys.readouterr().err
     for half in ("encoder", "decoder"):
-        for index in (0, 1):
-            assert f"{half}.latent_refinement.{index}.weight: refinement of another kind" in error
-    save_reference(tmp_path / "codec.pt", 0, compression_factor=4, codebook_levels=8)
+        assert f"{half}.latent_refinement.0.linear1.weight: has no place" in error
+        assert f"{half}.refinement.layers.0.mlp.gate_up_proj.weight: missing" in error
+    save_reference(tmp_path / "codec.pt", 4, 0, {"compression_factor": 1, "codebook_levels": 8})
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert "codec.compression_factor: 2, must be 4" in error
+    assert "codec.compression_factor: 4, must be 1" in error
+    assert "codec.num_latent_layers: 1, must be 0" in error
     assert "codec.codebook_levels: 3, must be 8" in error
+    assert "no downsampling" in error
     torch.save({"model_state_dict": {}, "config": Harmful()}, tmp_path / "codec.pt")
     assert main(command) == 2
     assert "is refused" in capsys.readouterr().err

@@ -133,12 +133,27 @@ def test_every_name_at_the_top_level_is_one_that_deepspeed_reads() -> None:
         ({"zero_optimization": {"stage": 1}}, "set by train.zero_stage"),
         ({"zero_optimization": {"overlap_comm": True}}, "set by train.communication.overlap_comm"),
         ({"aio": {"block_sise": 1}}, "train.deepspeed.aio.block_sise: unknown"),
+        (
+            {"compile": {"deepcompile": True}},
+            "train.deepspeed.compile.deepcompile: has no effect without torch",
+        ),
     ],
     ids=str,
 )
 def test_what_is_passed_on_is_checked(passed: dict[str, Any], complaint: str) -> None:
     (found,) = mistakes_of_engine(TrainConfig(deepspeed=passed), lambda name: f"train.{name}")
     assert complaint in found
+
+
+def test_zero_3_is_compiled_by_deepspeed_only() -> None:
+    def mistakes(**settings: Any) -> list[str]:
+        train = TrainConfig(torch_compile=True, **settings)
+        return list(mistakes_of_engine(train, lambda name: f"train.{name}"))
+
+    (found,) = mistakes()
+    assert "train.torch_compile: not with zero_stage 3" in found
+    assert mistakes(zero_stage=1) == []
+    assert mistakes(deepspeed={"compile": {"deepcompile": True}}) == []
 
 
 def test_deepspeed_checks_what_stands_below() -> None:

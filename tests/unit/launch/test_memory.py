@@ -134,9 +134,37 @@ def test_model_states_by_zero_stage() -> None:
     assert states(1, 2).states == 2 * total + 4 * trained + 12 * trained / 2
     assert states(2, 2).states == 2 * total + (4 + 12) * trained / 2
     assert states(3, 2).states == 2 * total / 2 + (4 + 12) * trained / 2
-    assert states(3, 4).states == 4 * total / 2 + (4 + 8) * trained / 2
-    assert states(3, 2).gathered == 2 * total
+    assert states(3, 4).states == 4 * total / 2 + (4 + 12) * trained / 2
+    assert states(3, 2).gathered == states(3, 2).prefetched == 2 * total
+    limited = states(3, 2, communication={"prefetch_bucket_size": 100, "max_live_parameters": 5200})
+    assert (limited.gathered, limited.prefetched) == (2 * 5200, 2 * 5050)  # a module comes whole
+    alone = memory.Parameters.of(model, TrainConfig(), 1)
+    assert memory.memory(alone, TrainConfig(), 2, 0.0, 0.0).gathered == 0
+    assert states(3, 2, communication={"reduce_bucket_size": 300}).bucket == 2 * 300
+    assert states(3, 2).reduction == 2 * trained
     assert states(3, 2, param_persistence_threshold=400).weights == 2 * (total / 2 + 350 + 50)
     offloaded = states(3, 2, offload_optimizer="cpu", offload_param="cpu")
     assert offloaded.states == 0
     assert offloaded.host == states(3, 2).states
+
+
+def test_soft_targets_by_what_autograd_keeps_more() -> None:
+    config = RQTransformerConfig(
+        spatial_dim=32,
+        spatial_layers=1,
+        depth_dim=32,
+        depth_layers=1,
+        head_dim=32,
+        compression_factor=4,
+        codebook_levels=4,
+        codebook_size=256,
+    )
+    model = RQTransformer(config)
+    codes = torch.randint(256, (2, LENGTH // 4, 4))
+    targets = [torch.rand(2, LENGTH // 4, 256).softmax(-1) for _ in range(4)]
+    more = kept_bytes(model, lambda: model(codes, soft_targets=targets)) - kept_bytes(
+        model, lambda: model(codes)
+    )
+    # Without soft targets the gradients of the heads' weights are formed, and kept, in the forward pass.
+    more += sum(model.head(level).weight.nbytes for level in range(4))
+    assert memory.soft_targets(config) * 2 * LENGTH == pytest.approx(more, rel=0.15)

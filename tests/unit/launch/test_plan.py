@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,30 @@ def test_settings_count() -> None:
     assert peak("train.zero_stage=1") > peak() + 2
     assert peak("train.micro_batch_size=1") < peak()
     assert peak("train.offload_optimizer=cpu") < peak()
+
+
+def test_json_holds_what_a_scheduler_asks_for(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["--config", str(CONFIGS / "qwen3_0.6b.yaml"), "--gpus", "8", "--json", str(file)]
+    assert main(arguments) == 0
+    full = json.loads(file.read_text())[1]
+    assert full["phase"]["name"] == "full"
+    assert sum(full["parts"].values()) == full["parameters"]["total"]
+    assert full["parts"]["encoder.backbone"] > 4e8
+    steps = full["phase"]["end"] - full["phase"]["start"]
+    assert full["step_flops"] * steps == pytest.approx(full["flops"])
+    assert full["days"] == pytest.approx(full["flops"] / (8 * 312e12 * 0.35) / 86400)
+    # Adam and fp32 weights of everything.
+    assert full["checkpoint_bytes"] == pytest.approx(12 * full["parameters"]["total"], rel=0.01)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+    found = plan(load_config(CONFIGS / "tiny.yaml"), 2)[1].largest_micro_batch
+
+    def fits(size: int) -> bool:
+        overrides = [f"train.micro_batch_size={size}", f"train.global_batch_size={2 * size}"]
+        return plan(load_config(CONFIGS / "tiny.yaml", overrides=overrides), 2)[1].memory.peak <= 40 * GIB
+
+    assert 0 < found[40] < found[80] < found[141]
+    assert fits(found[40])
+    assert not fits(found[40] + 1)

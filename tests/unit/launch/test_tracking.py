@@ -11,6 +11,7 @@ import pytest
 import wandb
 
 from launch.config import RunConfig, load_config
+from launch.reconstructions import Reconstruction
 from launch.tracking import MetricsLog, Tracker, read_metrics, wandb_mode
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
@@ -24,8 +25,8 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
 
 
-def config(mode: str) -> RunConfig:
-    return load_config(TINY, stage="rqvae", overrides=[f"tracking.wandb={mode}"])
+def config(mode: str, *overrides: str) -> RunConfig:
+    return load_config(TINY, stage="rqvae", overrides=[f"tracking.wandb={mode}", *overrides])
 
 
 def train_line(step: int, **values: float) -> dict[str, Any]:
@@ -185,3 +186,26 @@ def test_code_counts_are_kept_and_mirrored_in_at_most_512_bins(tmp_path: Path) -
     (row,) = [history(r) for r in transaction_log(segment) if r.WhichOneof("record_type") == "history"]
     assert row["validation/codes_0.values"] == [2] * 500
     assert row["validation/codes_1.values"] == [0, 5, 2]
+
+
+@pytest.mark.usefixtures("no_login")
+def test_reconstructions_are_kept_and_a_few_tables_of_them_mirrored(tmp_path: Path) -> None:
+    samples = [Reconstruction("a river", "a [river|lake]", 2, 1), Reconstruction("the sea", "the sea", 2, 0)]
+    settings = config("offline", "stages.rqvae.steps=1000", "train.eval_every=20")
+    with Tracker(tmp_path, settings, "rqvae", rank=0) as tracker:
+        for step in range(20, 1001, 20):
+            tracker.log_reconstructions(step, samples)
+        tracker.log_reconstructions(1000, [])
+    assert len(list((tmp_path / "reconstructions").iterdir())) == 50
+    kept = (tmp_path / "reconstructions/step-00000020.txt").read_text()
+    assert kept.startswith("# 0: 1 of 2 tokens wrong, [wanted|got]\na [river|lake]\n")
+    assert "# 1: 0 of 2" in kept
+    wandb.teardown()
+    (segment,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = [history(r) for r in transaction_log(segment) if r.WhichOneof("record_type") == "history"]
+    assert [row["step"] for row in rows] == [20, *range(100, 1001, 100)]
+    tables = sorted(segment.parent.glob("files/media/table/validation/reconstructions_*.table.json"))
+    assert len(tables) == len(rows)
+    table = json.loads(tables[0].read_text())
+    assert table["columns"] == ["text", "marked", "num_tokens", "num_wrong"]
+    assert table["data"] == [list(sample) for sample in samples]
