@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by every script of this directory: where the program is, then what the site needs.
 # RQVAE_CODE is the program's directory: that of the snapshot which launch/submit.py made, or where sbatch was called.
 export RQVAE_CODE=${RQVAE_CODE:-${SLURM_SUBMIT_DIR:?run it with sbatch, from the directory of the project}}

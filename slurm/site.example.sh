@@ -1,9 +1,11 @@
+# shellcheck shell=bash
 # What this cluster needs; copy to slurm/site.sh (not under version control) and keep what applies. Every script of
 # this directory sources it at its start. Partition and account come from the environment of sbatch:
 #   export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=project     (in ~/.bashrc, before submitting)
 
 # The environment of the project, or modules.
 # module load cuda/12.8
+# shellcheck source=/dev/null
 source "$RQVAE_CODE/.venv/bin/activate"
 
 # Places. TMPDIR is the node-local scratch; the caches should not fill a home directory.
