@@ -33,20 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
         stage = args.stage if args.job == "train" else None
         config = load_config(args.config, stage=stage, overrides=args.overrides)
         project = project_directory(config).resolve()
-        jobs = [] if args.job == "pipeline" else make_jobs(args, config)
         if args.job == "train":
             ranks = args.nodes * max(1, args.gpus_per_node)
             memory = args.gpu_memory_gib if args.gpus_per_node else None
             print("\n".join(check_plan(config, args.config, args.overrides, ranks, memory)))
             check_data(config)
-        if args.job != "pipeline" and not jobs:
-            print(f"{args.job}: nothing is missing")
-            return 0
         code = ROOT
         if not args.dry_run and not args.no_snapshot:
             code = take_snapshot(project / "code", args.allow_dirty)
+            if Path(args.config).resolve().is_relative_to(ROOT):  # the snapshot's, which nobody edits
+                args.config = str(code / Path(args.config).resolve().relative_to(ROOT))
         if args.job == "pipeline":
             return run_pipeline(args, code)
+        jobs = make_jobs(args, config)
+        if not jobs:
+            print(f"{args.job}: nothing is missing")
+            return 0
         after: list[str] = []
         for job in jobs:
             if args.dry_run:
