@@ -1,4 +1,4 @@
-"""Real sbatch on a two-node Slurm of this machine. `make test-slurm` runs all, `make test-slurm-short` the first test.
+"""Real sbatch on a two-node Slurm of this machine: `make test-slurm`, of which `make test-slurm-short` is the first.
 
 Needs root and Debian's packages for slurm/local_cluster.sh; skips with the reason where it cannot start one.
 """
@@ -24,20 +24,7 @@ pytestmark = pytest.mark.slurm
 CLUSTER = str(REPOSITORY / "slurm" / "local_cluster.sh")
 CPU_ONLY = ["--gpus-per-node=0", "--cpus-per-task=1"]
 # qwen3_8b with nothing but its sizes changed, to those of nano.yaml.
-SHRUNK = """
-data.sample_length=64 data.document_grid=4 data.validation_fraction=0.1 data.test_fraction=0.1
-codec.backbone.pretrained=null codec.backbone.architecture.vocab_size=320
-codec.backbone.architecture.hidden_size=64 codec.backbone.architecture.intermediate_size=128
-codec.backbone.architecture.num_hidden_layers=1 codec.backbone.architecture.num_attention_heads=2
-codec.backbone.architecture.num_key_value_heads=1 codec.backbone.architecture.head_dim=32
-codec.backbone.architecture.max_position_embeddings=512 codec.codebook_levels=3 codec.codebook_size=32
-codec.codebook_dim=8 codec.latent_dim=64 codec.num_latent_layers=1 codec.latent_head_dim=32
-latent_model.spatial_dim=64 latent_model.spatial_layers=1 latent_model.depth_dim=64 latent_model.depth_layers=1
-latent_model.head_dim=32 train.global_batch_size=4 train.micro_batch_size=2 train.warmup_steps=2 train.precision=fp32
-train.param_persistence_threshold=0 train.zero_hpz_partition_size=1 train.log_every=1 train.eval_every=100
-train.eval_samples=4 train.checkpoint_every=100 train.steps=8 train.frozen_steps=2 train.switch_warmup_steps=2
-train.quantizer_warmup_steps=2 tracking.wandb=offline
-""".split()
+SHRUNK = Path(__file__).with_name("shrunk_8b.txt").read_text().split()
 
 
 class Cluster:
