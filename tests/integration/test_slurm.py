@@ -73,7 +73,7 @@ class Cluster:
         words = self.output("scontrol", "show", "job", job, "--oneliner").split()
         return next(word.removeprefix("JobState=") for word in words if word.startswith("JobState="))
 
-    def wait(self, job: str, timeout_s: float = 600) -> str:
+    def wait(self, job: str, timeout_s: float = 900) -> str:
         """Until the job has ended for good; its state. Slurm lets a requeued job wait for two minutes: not here."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -90,7 +90,7 @@ class Cluster:
         raise AssertionError(f"job {job} has not ended:\n{self.log(job)}")
 
 
-def wait_for_step(directory: Path, step: int, timeout_s: float = 300) -> None:
+def wait_for_step(directory: Path, step: int, timeout_s: float = 900) -> None:
     deadline = time.monotonic() + timeout_s
     while not any(line["step"] >= step for line in records(directory / "metrics.jsonl")):
         assert time.monotonic() < deadline, f"no step {step}"
