@@ -140,6 +140,18 @@ kill_node() {
   rm -f "$directory/slurmd-$node.pid"
 }
 
+# What is left of this cluster's jobs, once nobody looks after them.
+kill_jobs() {
+  local environment
+  for environment in /proc/[0-9]*/environ; do
+    if tr '\0' '\n' <"$environment" 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF" \
+      && tr '\0' '\n' <"$environment" 2>/dev/null | grep -q '^SLURM_JOB_ID='; then
+      environment=${environment#/proc/}
+      kill -9 "${environment%/environ}" 2>/dev/null || true
+    fi
+  done
+}
+
 stop() {
   [[ -f $SLURM_CONF ]] || return 0
   if is_alive "$directory/slurmctld.pid"; then
@@ -153,6 +165,7 @@ stop() {
   for name in slurmd-n1.pid slurmd-n2.pid slurmctld.pid munge/pid; do
     end_process "$directory/$name"
   done
+  kill_jobs
 }
 
 case $action in
