@@ -124,8 +124,8 @@ end_process() {
 kill_node() {
   local pids=() environment pid
   for environment in /proc/[0-9]*/environ; do
-    if tr '\0' '\n' <"$environment" 2>/dev/null | grep -qx "SLURMD_NODENAME=$node" \
-      && tr '\0' '\n' <"$environment" 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF"; then
+    if tr '\0' '\n' 2>/dev/null <"$environment" | grep -qx "SLURMD_NODENAME=$node" \
+      && tr '\0' '\n' 2>/dev/null <"$environment" | grep -qx "SLURM_CONF=$SLURM_CONF"; then
       pid=${environment#/proc/}
       pids+=("${pid%/environ}")
     fi
@@ -144,8 +144,8 @@ kill_node() {
 kill_jobs() {
   local environment
   for environment in /proc/[0-9]*/environ; do
-    if tr '\0' '\n' <"$environment" 2>/dev/null | grep -qx "SLURM_CONF=$SLURM_CONF" \
-      && tr '\0' '\n' <"$environment" 2>/dev/null | grep -q '^SLURM_JOB_ID='; then
+    if tr '\0' '\n' 2>/dev/null <"$environment" | grep -qx "SLURM_CONF=$SLURM_CONF" \
+      && tr '\0' '\n' 2>/dev/null <"$environment" | grep -q '^SLURM_JOB_ID='; then
       environment=${environment#/proc/}
       kill -9 "${environment%/environ}" 2>/dev/null || true
     fi
