@@ -3,6 +3,7 @@
 # make check    style, types, import contract     make unsloth    second environment, for the comparison only
 # make soak     training killed 50 times at random moments, compared with a run that nobody killed; about an hour
 # make gpu-check   everything that needs a GPU, as a table
+# make test-slurm  the cluster scripts on a two-node Slurm, which it installs; test-slurm-short: one job on 2 nodes
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each: torch's own threads on top of them only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: install demo test test-all soak gpu-check check format lock unsloth clean
+.PHONY: install demo test test-all test-slurm test-slurm-short soak gpu-check check format lock unsloth clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -29,7 +30,14 @@ test: install
 	$(PYTEST) -m "not slow and not gpu and not slurm"
 
 test-all: install
-	$(PYTEST)
+	$(PYTEST) -m "not slurm"
+
+# One process: the tests share a cluster.
+test-slurm: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/integration/test_slurm.py
+
+test-slurm-short: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm and not slow" tests/integration/test_slurm.py
 
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --kills 50

@@ -87,6 +87,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def _git_state() -> tuple[dict[str, Any], str]:
+    snapshot = _ROOT / "SNAPSHOT.json"  # a copy of the program that launch/submit.py made for a job
+    if snapshot.is_file():
+        return json.loads(snapshot.read_text()), ""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None}, ""

@@ -113,6 +113,8 @@ def memory(
     """
     stage = train.zero_stage
     weights = width * (parameters.shard + parameters.persistent if stage == 3 else parameters.total)
+    if train.zero_hpz_partition_size > 1:  # ZeRO++: the second copy, shared by the ranks of a node
+        weights += width * (parameters.total - parameters.persistent) / train.zero_hpz_partition_size
     gradients = 4.0 * (parameters.trainable_shard if stage >= 2 else parameters.trainable)
     split = parameters.trainable_shard if stage >= 1 else parameters.trainable
     optimizer = (12.0 if stage >= 1 else 8.0) * split

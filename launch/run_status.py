@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 FILE = "STATUS"
+# What another start of the same command meets again, by class or, of modules that import torch, by name. Everything
+# else may be the fault of a node, the network or the file system.
+_FINAL = (ValueError, TypeError, AttributeError, LookupError, NameError, ImportError, NotImplementedError)
+_FINAL_NAMES = ("AssertionError", "CheckpointError", "OutOfMemoryError", "UnhealthyError")
 
 
 def running(run_directory: Path) -> None:
@@ -34,7 +38,17 @@ def failed(run_directory: Path, rank: int, error: BaseException) -> None:
     if read(run_directory).get("state") == "failed":
         return
     with contextlib.suppress(OSError):  # a full disk must not hide the error
-        _write(run_directory, {"state": "failed", "rank": rank, "error": f"{type(error).__name__}: {error}"})
+        name = type(error).__name__
+        retryable = not isinstance(error, _FINAL) and name not in _FINAL_NAMES
+        content = {"state": "failed", "rank": rank, "error": f"{name}: {error}", "retryable": retryable}
+        _write(run_directory, content)
+
+
+def amend(run_directory: Path, **more: Any) -> None:
+    """Add to what STATUS says, e.g. what the job around the run has decided; its time stays that of the run."""
+    content = read(run_directory)
+    with contextlib.suppress(OSError):
+        _write(run_directory, {**content, **more})
 
 
 def read(run_directory: Path) -> dict[str, Any]:
@@ -47,5 +61,5 @@ def read(run_directory: Path) -> dict[str, Any]:
 
 def _write(run_directory: Path, content: dict[str, Any]) -> None:
     temporary = run_directory / f"{FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({**content, "time": datetime.now().isoformat(" ", "seconds")}) + "\n")
+    temporary.write_text(json.dumps({"time": datetime.now().isoformat(" ", "seconds"), **content}) + "\n")
     temporary.replace(run_directory / FILE)

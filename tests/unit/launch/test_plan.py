@@ -23,7 +23,7 @@ def test_every_configuration_can_be_planned(path: Path, capsys: pytest.CaptureFi
 
 
 def test_phases_of_the_largest_size() -> None:
-    config = load_config(CONFIGS / "qwen3_8b.yaml")
+    config = load_config(CONFIGS / "qwen3_8b.yaml", overrides=["train.zero_hpz_partition_size=1"])
     frozen, full, latent = plan(config, 64)
     assert [(p.stage, p.phase.name) for p in (frozen, full, latent)] == [
         ("rqvae", "frozen"),

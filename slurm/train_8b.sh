@@ -1,0 +1,8 @@
+#!/bin/bash
+# The codec of Qwen3-8B: sbatch slurm/train_8b.sh [--stage STAGE] [a.b=value ...]; see slurm/README.md.
+#SBATCH --job-name=qwen3_8b
+#SBATCH --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --mem=0 --exclusive
+#SBATCH --time=24:00:00 --signal=B:USR2@600 --requeue --open-mode=append
+set -euo pipefail
+source "${RQVAE_CODE:-$SLURM_SUBMIT_DIR}/slurm/environment.sh"
+exec python -m slurm.train --config "$RQVAE_CODE/configs/qwen3_8b.yaml" --stage rqvae "$@"

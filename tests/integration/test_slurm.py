@@ -1,0 +1,227 @@
+"""Real sbatch on a two-node Slurm of this machine: `make test-slurm`, of which `make test-slurm-short` is the first.
+
+Needs root and Debian's packages for slurm/local_cluster.sh; skips with the reason where it cannot start one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import run_status
+from slurm import history
+from tests.integration.conftest import NANO, REPOSITORY, command_environment, records
+
+pytestmark = pytest.mark.slurm
+CLUSTER = str(REPOSITORY / "slurm" / "local_cluster.sh")
+CPU_ONLY = ["--gpus-per-node=0", "--cpus-per-task=1"]
+# qwen3_8b with nothing but its sizes changed, to those of nano.yaml.
+SHRUNK = Path(__file__).with_name("shrunk_8b.txt").read_text().split()
+
+
+class Cluster:
+    """A started one, and a place for runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        site = directory / "site.sh"
+        site.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+        self.environment = {
+            **command_environment(),
+            "SLURM_CONF": str(directory / "cluster" / "slurm.conf"),
+            "RQVAE_SITE": str(site),
+        }
+
+    def output(self, *command: str) -> str:
+        result = subprocess.run(
+            command, cwd=REPOSITORY, env=self.environment, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def sbatch(self, *words: str) -> str:
+        return self.output("sbatch", "--parsable", f"--output={self.directory}/%j.out", *words)
+
+    def train(self, name: str, data: list[str], *more: str) -> tuple[str, Path]:
+        """train_8b.sh on both nodes; the job and its run directory."""
+        source = next(word.partition("=")[2] for word in data if word.startswith("data.source.paths="))
+        words = [
+            *SHRUNK,
+            *(word for word in data if not word.startswith("data.source.")),
+            f"data.source={{kind: jsonl, paths: {source}}}",
+            "data.tokenizer={kind: bpe, vocab_size: 320}",
+            f"run_root={self.directory}",
+            f"name={name}",
+            *more,
+        ]
+        job = self.sbatch("--nodes=2", *CPU_ONLY, "slurm/train_8b.sh", *words)
+        return job, self.directory / name / "rqvae"
+
+    def log(self, job: str) -> str:
+        path = self.directory / f"{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def state(self, job: str) -> str:
+        words = self.output("scontrol", "show", "job", job, "--oneliner").split()
+        return next(word.removeprefix("JobState=") for word in words if word.startswith("JobState="))
+
+    def wait(self, job: str, timeout_s: float = 900) -> str:
+        """Until the job has ended for good; its state. Slurm lets a requeued job wait for two minutes: not here."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            state = self.state(job)
+            if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+                return state
+            if state == "PENDING":
+                subprocess.run(
+                    ["scontrol", "update", f"JobId={job}", "StartTime=now"],
+                    env=self.environment,
+                    capture_output=True,
+                )
+            time.sleep(1)
+        raise AssertionError(f"job {job} has not ended:\n{self.log(job)}")
+
+
+def wait_for_step(directory: Path, step: int, timeout_s: float = 900) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not any(line["step"] >= step for line in records(directory / "metrics.jsonl")):
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.2)
+
+
+def losses(directory: Path) -> dict[tuple[str, int], Any]:
+    lines = records(directory / "metrics.jsonl")
+    found = {(line["split"], line["step"]): line["loss"] for line in lines}
+    assert len(found) == len(lines), "a step is there twice"
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    directory = tmp_path_factory.mktemp("slurm")
+    # munged, under a user of its own, has to reach its socket.
+    for parent in (directory, *directory.parents[:2]):
+        parent.chmod(0o755)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    environment = {**os.environ, "RQVAE_LOCAL_CLUSTER_PORT": str(18600 + 10 * worker)}
+    place = str(directory / "cluster")
+    started = subprocess.run([CLUSTER, "start", place], env=environment, capture_output=True, text=True)
+    if started.returncode != 0:
+        subprocess.run([CLUSTER, "stop", place], env=environment, capture_output=True)
+        pytest.skip(f"no Slurm here: {started.stderr.strip().splitlines()[-1:]}")
+    yield Cluster(directory)
+    subprocess.run([CLUSTER, "stop", place], env=environment, capture_output=True, check=True)
+
+
+def test_two_nodes_stop_requeue_and_finish(cluster: Cluster, nano_data: list[str]) -> None:
+    job, directory = cluster.train("requeued", nano_data)
+    wait_for_step(directory, 3)
+    cluster.output("scancel", "--signal=USR2", job)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    events = [line for line in history.read(directory) if line["event"] == "end"]
+    assert [event["requeued"] for event in events] == [True, False]
+    assert events[0]["outcome"] == "stopped: SIGUSR2"
+    status = run_status.read(directory)
+    assert status["state"] == "finished" and status["slurm"]["restart"] == 1
+    assert "bus bandwidth" in cluster.log(job)
+    assert {path.name for path in (directory / "logs" / f"{job}.0").iterdir()} == {"node-0", "node-1"}
+    # Nothing was lost or done twice, over both starts.
+    assert sorted(step for split, step in losses(directory) if split == "train") == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_same_losses_as_without_a_stop(cluster: Cluster, nano_data: list[str]) -> None:
+    job, whole = cluster.train("whole", nano_data)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    for name, end in (
+        ("requeue", ["scontrol", "requeue"]),
+        ("usr2", ["scancel", "--batch", "--signal=USR2"]),
+    ):
+        job, directory = cluster.train(name, nano_data)
+        wait_for_step(directory, 3)
+        cluster.output(*end, job)
+        assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+        assert losses(directory) == losses(whole), name
+
+
+@pytest.mark.slow
+def test_a_plain_scancel_saves_and_is_not_requeued(cluster: Cluster, nano_data: list[str]) -> None:
+    job, directory = cluster.train("cancelled", nano_data)
+    wait_for_step(directory, 3)
+    cluster.output("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    time.sleep(5)
+    status = run_status.read(directory)
+    assert status["state"] == "stopped" and status["slurm"]["requeued"] is False, cluster.log(job)
+    assert history.newest_step(directory) >= 3
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_repeated(cluster: Cluster, nano_data: list[str]) -> None:
+    job, directory = cluster.train("mistake", nano_data, "data.directory=/nowhere")
+    assert cluster.wait(job) == "FAILED"
+    assert [line.get("requeued") for line in history.read(directory)] == [None, False]
+
+
+@pytest.mark.slow
+def test_preemption(cluster: Cluster, nano_data: list[str]) -> None:
+    job, directory = cluster.train("preempted", nano_data)
+    wait_for_step(directory, 3)
+    urgent = cluster.sbatch(
+        "--nodes=2", "--exclusive", "--partition=urgent", "slurm/run.sh", "launch/submit.py", "--help"
+    )
+    cluster.wait(urgent)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    assert sorted(step for split, step in losses(directory) if split == "train") == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_dead_node_costs_no_more_than_since_the_checkpoint(cluster: Cluster, nano_data: list[str]) -> None:
+    job, directory = cluster.train("dead", nano_data, "train.checkpoint_every=2")
+    wait_for_step(directory, 5)
+    subprocess.run([CLUSTER, "kill-node", "n2", str(cluster.directory / "cluster")], check=True)
+    time.sleep(20)
+    subprocess.run([CLUSTER, "start-node", "n2", str(cluster.directory / "cluster")], check=True)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    starts = [line["step"] for line in history.read(directory) if line["event"] == "start"]
+    assert starts[1] >= 4
+
+
+@pytest.mark.slow
+def test_pipeline_to_the_report_and_one_killed_task(cluster: Cluster, nano_corpus: Path) -> None:
+    parts = cluster.directory / "parts"
+    parts.mkdir()
+    lines = nano_corpus.read_text().splitlines(keepends=True)
+    for index in range(4):
+        (parts / f"{index}.jsonl").write_text("".join(lines[index::4]))
+    words = ["--config", str(NANO), "--job", "pipeline", "--gpus-per-node=0", "--no-snapshot"]
+    words += ["--sbatch=--gpus=0", "--sbatch=--cpus-per-task=1"]
+    overrides = [f"run_root={cluster.directory}", "name=pipeline", "tracking.wandb=disabled", "train.steps=4"]
+    overrides += [f"data.directory={cluster.directory}/shards", f"data.source.paths={parts}/*.jsonl"]
+    overrides += ["stages.rqvae={frozen_steps: 1, switch_warmup_steps: 1, quantizer_warmup_steps: 1}"]
+    submit = [sys.executable, "launch/submit.py", *words, *overrides, "train.warmup_steps=1"]
+
+    def jobs() -> dict[str, str]:
+        file = cluster.directory / "pipeline" / "jobs.jsonl"
+        return {line["name"]: line["id"] for line in map(json.loads, file.read_text().splitlines())}
+
+    cluster.output(*submit)
+    first = jobs()
+    cluster.output(
+        "scancel", f"{first['build_data']}_2"
+    )  # a task is lost: the rest of the chain goes with it
+    assert cluster.wait(first["submit_rest"]) == "CANCELLED"
+    cluster.output(*submit)
+    again = jobs()["build_data"]
+    assert cluster.output("scontrol", "show", "job", again, "--oneliner").count("ArrayTaskId=") == 1
+    assert cluster.wait(jobs()["submit_rest"]) == "COMPLETED"
+    assert cluster.wait(jobs()["report"], 1800) == "COMPLETED"
+    assert (cluster.directory / "pipeline" / "report.html").is_file()
