@@ -12,6 +12,7 @@ dataset a line. Every figure says whether it is exact, a bound or a heuristic (l
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,26 @@ def local_tasks(directory: Path, tasks: list[str]) -> list[dict[str, Any]]:
     return [{"group": "local", "task": members}]
 
 
+@functools.cache
+def task_manager() -> Any:
+    """The harness's index of its tasks; reading thousands of files takes longer than small models do."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def run_tasks(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]:
     """Results by task: metrics, their kinds, number of documents; empty on all ranks but the first."""
     from lm_eval import simple_evaluate
 
-    results = simple_evaluate(model, tasks=tasks, limit=limit, bootstrap_iters=0, log_samples=False)
+    results = simple_evaluate(
+        model,
+        tasks=tasks,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=False,
+        task_manager=task_manager(),
+    )
     if results is None:
         return {}
     rows: dict[str, Any] = {}
