@@ -112,7 +112,7 @@ def memory(
         logits: the same.
     """
     stage = train.zero_stage
-    weights = width * (parameters.shard + parameters.persistent if stage == 3 else parameters.total)
+    weights = float(width * (parameters.shard + parameters.persistent if stage == 3 else parameters.total))
     if train.zero_hpz_partition_size > 1:  # ZeRO++: the second copy, shared by the ranks of a node
         weights += width * (parameters.total - parameters.persistent) / train.zero_hpz_partition_size
     gradients = 4.0 * (parameters.trainable_shard if stage >= 2 else parameters.trainable)

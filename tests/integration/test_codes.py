@@ -184,8 +184,18 @@ def test_tokens_as_codes_go_from_text_to_text(nano_data: list[str], tmp_path: Pa
     """The anchor codec through every command, in single processes: its decoder is trained, its codes are tokens."""
     overrides = [
         *[*nano_data, f"run_root={tmp_path}", "name=anchor", "tracking.wandb=disabled", "train.zero_stage=0"],
-        *["codec.model=anchor", "codec.codebook_levels=2", "codec.codebook_size=null", "codec.codebook_dim=64"],
-        *["codec.quantizer={}", "latent_model.depth_input=code", "evaluation.max_samples=8", "train.steps=12"],
+        *[
+            "codec.model=anchor",
+            "codec.codebook_levels=2",
+            "codec.codebook_size=null",
+            "codec.codebook_dim=64",
+        ],
+        *[
+            "codec.quantizer={}",
+            "latent_model.depth_input=code",
+            "evaluation.max_samples=8",
+            "train.steps=12",
+        ],
     ]
     config = load_config(NANO, overrides=overrides)
     model = model_directory(config)
