@@ -44,12 +44,15 @@ def continue_all(
     sampler: Sampler, contexts: Sequence[list[int]], count: int, seed: int, ranks: Ranks
 ) -> list[list[int]]:
     """Continue all contexts, each rank some batches of them; every rank gets all of it."""
-    starts = range(0, len(contexts), BATCH)
+    # Contexts of similar length together: less padding to compute.
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    starts = range(0, len(order), BATCH)
     mine: list[list[int]] = []
     for index in ranks.share(len(starts)):
-        part = list(contexts[starts[index] : starts[index] + BATCH])
+        part = [contexts[i] for i in order[starts[index] : starts[index] + BATCH]]
         mine += sampler(part, count, seed + index)
-    return ranks.gather_lists(mine)
+    drawn = dict(zip(order, ranks.gather_lists(mine), strict=True))
+    return [drawn[i] for i in range(len(order))]
 
 
 @torch.inference_mode()
