@@ -18,18 +18,22 @@ from launch.ranks import Ranks
 from launch.scored_models import Models
 from launch.scoring import Scores
 from rqvae import RQVAE
+from rqvae.calibration import TEMPERATURES, OtherTemperatures, best_temperature
 from rqvae.codec import Codec
 from rqvae.encoder import chunk_documents
 from rqvae.quantizer import compute_perplexity
 
 PREFIX_SAMPLES = 64
 """Samples on which decoding from the first levels only is tried, once per level."""
+FITTING_SAMPLES = 16
+"""Validation samples that the temperature of every prefix is fitted on."""
 
 
 def codebook_report(
     models: Models,
     scores: Scores,
     dataset: TokenDataset,
+    validation: TokenDataset | None,
     calibration: Calibration | None,
     batch_size: int,
     device: torch.device,
@@ -38,7 +42,8 @@ def codebook_report(
     """The report's `codebook`; usage is that of the whole split, decoding from prefixes that of its first samples."""
     codec = models.codec.config
     chunks, tokens = float(scores.sums["chunks"]), scores.tokens.sum()
-    prefixes = decode_prefixes(models.codec, dataset, calibration, batch_size, device, ranks)
+    mean = None if calibration is None else calibration.mean_latent
+    prefixes = decode_prefixes(models.codec, dataset, validation, mean, batch_size, device, ranks)
     gains = -np.diff(prefixes["nats_per_token"])
     levels, curve = [], []
     bits = np.cumsum([0.0, *map(math.log2, codec.codebook_sizes)]) / codec.compression_factor
@@ -67,6 +72,7 @@ def codebook_report(
             "codes_bits_per_token": float(bits[count]),
             "nats_per_token": float(prefixes["nats_per_token"][count]),
             "token_accuracy": float(prefixes["token_accuracy"][count]),
+            "temperature": float(prefixes["temperatures"][count]),
         }
         if count:
             point["distortion"] = levels[count - 1]["distortion"]
@@ -87,53 +93,88 @@ def histogram(counts: NDArray[np.float64], num_bins: int = 256) -> list[float]:
     return [float(part.mean()) for part in np.array_split(np.sort(counts)[::-1], min(num_bins, len(counts)))]
 
 
-@torch.inference_mode()
 def decode_prefixes(
     vae: Codec,
     dataset: TokenDataset,
-    calibration: Calibration | None,
+    validation: TokenDataset | None,
+    mean_latent: Tensor | None,
     batch_size: int,
     device: torch.device,
     ranks: Ranks,
 ) -> dict[str, NDArray[np.float64]]:
     """Tokens decoded from the first d levels, d = 0 ... D.
 
+    A decoder that was trained on all levels is far too sure of itself with fewer. So every prefix gets a temperature
+    of its own, fitted on `validation`; without one it is 1.
+
     Returns:
-        nats_per_token and token_accuracy, each [D + 1]. Without any code the decoder gets the mean latent
-        (`calibration.zero_rate`), or an empty sum where nothing was fitted.
+        nats_per_token, token_accuracy and temperatures, each [D + 1]. Without any code the decoder gets
+        `mean_latent`, or an empty sum where nothing was fitted.
     """
+    temperatures = [1.0] * (vae.config.codebook_levels + 1)
+    rest = (mean_latent, batch_size, device, ranks)
+    if validation is not None and isinstance(vae, RQVAE):
+        nats, _ = _prefix_sums(vae, validation, FITTING_SAMPLES, [TEMPERATURES] * len(temperatures), *rest)
+        temperatures = [best_temperature(row.tolist()) for row in nats]
+    nats, (hits, seen) = _prefix_sums(vae, dataset, PREFIX_SAMPLES, [(t,) for t in temperatures], *rest)
+    return {
+        "nats_per_token": nats[:, 0] / seen,
+        "token_accuracy": hits / seen,
+        "temperatures": np.array(temperatures),
+    }
+
+
+@torch.inference_mode()
+def _prefix_sums(
+    vae: Codec,
+    dataset: TokenDataset,
+    num_samples: int,
+    temperatures: Sequence[Sequence[float]],
+    mean_latent: Tensor | None,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nats [D + 1, temperatures], and [2, D + 1] of right tokens and of all."""
     count = vae.config.codebook_levels + 1
-    sums = np.zeros((3, count))
-    mine = ranks.share(min(PREFIX_SAMPLES, len(dataset)))
+    nats, hits = np.zeros((count, len(temperatures[0]))), np.zeros((2, count))
+    mine = ranks.share(min(num_samples, len(dataset)))
     for start in range(mine.start, mine.stop, batch_size):
         batch = dataset.read(range(start, min(start + batch_size, mine.stop)))
         ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
         codes = vae.encode(ids, document_ids=documents)
-        mean = None if calibration is None else calibration.mean_latent
-        for level in range(count):
-            nats, correct = _decoded(vae, codes[..., :level], mean if level == 0 else None, ids, documents)
-            sums[:, level] += float(nats.double().sum()), float(correct.sum()), float((documents > 0).sum())
-    totals = np.sum(ranks.gather(sums), axis=0)
-    return {"nats_per_token": totals[0] / totals[2], "token_accuracy": totals[1] / totals[2]}
+        for level, tried in enumerate(temperatures):
+            mean = mean_latent if level == 0 else None
+            scored, correct = _decoded(vae, codes[..., :level], mean, ids, documents, tried)
+            nats[level] += scored.cpu().numpy()
+            hits[:, level] += float(correct.sum()), float((documents > 0).sum())
+    parts = ranks.gather((nats, hits))
+    return np.sum([part[0] for part in parts], axis=0), np.sum([part[1] for part in parts], axis=0)
 
 
 def _decoded(
-    vae: Codec, codes: Tensor, mean: Tensor | None, input_ids: Tensor, documents: Tensor
+    vae: Codec,
+    codes: Tensor,
+    mean: Tensor | None,
+    input_ids: Tensor,
+    documents: Tensor,
+    temperatures: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Nats and correctness of all tokens, 0 and False at padding."""
+    """Nats [temperatures] of all tokens together, and whether each is right [B, T], False at padding."""
     real = documents > 0
     chunks = chunk_documents(documents, vae.config.compression_factor)
     if isinstance(vae, RQVAE):
-        if mean is None:
-            nothing = torch.zeros(*chunks.shape, vae.config.codebook_dim, device=codes.device)
-            latents = vae.quantizer.embed(codes) if codes.shape[-1] else nothing
-            out = vae.decoder(latents, chunks, input_ids, real.float())
-        else:
-            out = zero_rate(vae, mean, input_ids, documents)
-        return out.nats, out.correct.view_as(real) & real
+        with OtherTemperatures([vae.decoder.head], [temperatures]) as watched:
+            if mean is None:
+                nothing = torch.zeros(*chunks.shape, vae.config.codebook_dim, device=codes.device)
+                latents = vae.quantizer.embed(codes) if codes.shape[-1] else nothing
+                out = vae.decoder(latents, chunks, input_ids, real.float())
+            else:
+                out = zero_rate(vae, mean, input_ids, documents)
+        return watched.take()[0].double().sum(1), out.correct.view_as(real) & real
     logits = vae.decode(codes, chunks)
-    nats = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
-    return nats * real, (logits.argmax(-1) == input_ids) & real
+    nats = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none") * real
+    return nats.double().sum()[None], (logits.argmax(-1) == input_ids) & real
 
 
 def mutual_information(codes: NDArray[np.int64], sizes: Sequence[int], seed: int = 0) -> NDArray[np.float64]:

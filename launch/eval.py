@@ -140,7 +140,9 @@ def evaluate(
             "chunk_accuracy": float(scores.sums["correct_chunks"] / scores.sums["chunks"]),
             "nats_per_token": report["nats_per_token"]["latent_reconstruction"],
         },
-        "codebook": codebook_report(models, scores, dataset, calibration, settings.batch_size, device, ranks),
+        "codebook": codebook_report(
+            models, scores, dataset, validation, calibration, settings.batch_size, device, ranks
+        ),
         "rate": {"codes_bits_per_token": bits_per_token, "log2_vocabulary": math.log2(dataset.vocab_size)},
         "calibration": describe_calibration(calibration),
         "prompt_lengths": {},
