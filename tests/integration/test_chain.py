@@ -49,7 +49,8 @@ def test_chain_from_text_to_report(tmp_path: Path, nano_corpus: Path) -> None:
     assert 0 < bits["base_lm"] < bits["uniform"]
     assert len(report["codebook"]["levels"]) == 3
     assert len(report["speed"]["rows"]) == 3
-    assert set(report["compute"]) == {"base_lm", "rqvae", "rq_transformer"}
+    stages = {"base_lm", "rqvae", "rq_transformer"}
+    assert set(report["compute"]) == {*stages, "encoding", "total_base_lm", "total_latent"}
     assert (project / "report.html").stat().st_size > 10_000
 
     # Rank 0 has 4 of the 6 validation samples, which were kept with what ZeRO-3's forward pass made of them.
