@@ -374,9 +374,9 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
                     for field in ("mixture", "shuffle_block", "on_corrupt")
                     if getattr(data, field) != DataConfig.model_fields[field].default
                 ]
-            if train.stochastic_codes and codec is not None and codec.model == "identity":
+            if train.stochastic_codes and codec is not None and codec.model != "rqvae":
                 mistakes.append(
-                    f"stages.{name}.stochastic_codes: codec.model: identity has nothing to draw from; remove it"
+                    f"stages.{name}.stochastic_codes: codec.model: {codec.model} has nothing to draw from; remove it"
                 )
     return list(dict.fromkeys(mistakes))
 

@@ -41,7 +41,7 @@ from launch.sampling import samplers
 from launch.scored_models import load_models
 from launch.scoring import Scores, score, unigram_nats
 from launch.tightening import importance_report
-from rqvae import BaseLM, LatentGenerator
+from rqvae import RQVAE, BaseLM, LatentGenerator
 from rqvae.codec import Codec
 from rqvae.encoder import chunk_documents
 
@@ -112,6 +112,14 @@ def evaluate(
     models = load_models(model, dataset.eos_token_id, device, identity)
     check_vocabulary(dataset, models.codec.config.backbone.architecture)
     missing = dict(models.missing)
+    if not isinstance(models.codec, RQVAE):
+        model_name = models.codec.config.model
+        if settings.stochastic_codes or settings.importance_documents:
+            raise ValueError(
+                f"evaluation.stochastic_codes, importance_documents: the {model_name} codec's codes are certain, "
+                "there is nothing to draw; leave them off"
+            )
+        missing["zero_rate, latent_bound_calibrated"] = f"not formed for the {model_name} codec"
     generator = None
     if models.codec.config.sees_future:
         missing["generations"] = (

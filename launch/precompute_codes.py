@@ -91,7 +91,9 @@ def encode(
     codec.to("cuda" if torch.cuda.is_available() else "cpu")
     if with_latents:
         if not isinstance(codec, RQVAE):
-            raise ValueError("--latents: the identity codec has no latents, and nothing to draw from")
+            raise ValueError(
+                f"--latents: the {config.codec.model} codec has no latents, and nothing to draw from"
+            )
         keep_quantizer(codec, codec_hash, codes_directory(config) / "quantizer")
     for tokens, output in source_directories(config).values():
         encode_source(tokens, output, codec, codec_hash, with_latents, task_index, num_tasks, batch_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,22 @@ def submit(job: Job, code: Path, project: Path, after: Sequence[str] = ()) -> st
     with (project / RECORD).open("a") as file:
         file.write(json.dumps(line) + "\n")
     return job_id
+
+
+def submit_in_order(jobs: Sequence[Job], code: Path, project: Path, dry_run: bool) -> None:
+    """Submit each to run after the one before, or print the command lines.
+
+    Raises:
+        ValueError: as `submit`.
+    """
+    after: list[str] = []
+    for job in jobs:
+        if dry_run:
+            print(shlex.join(command(job, code, project / "slurm", after)))
+            after = [f"<{job.name}>"]
+        else:
+            after = [submit(job, code, project, after)]
+            print(f"{job.name}: job {after[0]}, output in {project / 'slurm'}", flush=True)
 
 
 def array(tasks: Sequence[int], at_once: int) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from launch import array_tasks
 from launch.config import STAGES, RunConfig, load_config
 from launch.paths import model_directory, project_directory
 from launch.snapshot import ROOT, take_snapshot
-from launch.submission import Job, array, command, submit
+from launch.submission import Job, array, submit_in_order
 from launch.submission_checks import check_data, check_plan
 
 JOBS = ("train", "build_data", "precompute_codes", "pipeline")
@@ -49,14 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not jobs:
             print(f"{args.job}: nothing is missing")
             return 0
-        after: list[str] = []
-        for job in jobs:
-            if args.dry_run:
-                print(shlex.join(command(job, code, project / "slurm", after)))
-                after = [f"<{job.name}>"]
-            else:
-                after = [submit(job, code, project, after)]
-                print(f"{job.name}: job {after[0]}, output in {project / 'slurm'}")
+        submit_in_order(jobs, code, project, args.dry_run)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.backbone import load_pretrained
-from rqvae.codec import Codec, most_likely
+from rqvae.codec import most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import chunk_documents, token_documents
 from rqvae.latent_model import CodeEmbedding
 from rqvae.layers import HeadOutput
 from rqvae.rq_vae import RQVAEOutput
+from rqvae.token_codec import TokenCodec
 
 
-class AnchorCodec(Codec):
+class AnchorCodec(TokenCodec):
     """K tokens <-> D of them (the anchors), evenly spaced, the last token of the chunk among them.
 
-    A code is the token at its place, or V where there is none. -log p(x) = NLL(codes) + NLL(other tokens | codes) is
-    a bound only for the codes that say where a document begins on the chunk grid: every text has one code sequence.
+    -log p(x) = NLL(codes) + NLL(other tokens | codes) is a bound only for the codes that say where a document begins
+    on the chunk grid: every text has one code sequence.
 
     Args:
         config: with `model: anchor`.
@@ -36,12 +37,10 @@ class AnchorCodec(Codec):
     """
 
     def __init__(self, config: RQVAEConfig):
-        super().__init__(config)
+        factor, levels = config.compression_factor, config.codebook_levels
+        super().__init__(config, [(level + 1) * factor // levels - 1 for level in range(levels)])
         if config.model != "anchor":
             raise ValueError(f"an AnchorCodec needs model: anchor, not {config.model}")
-        factor, levels = config.compression_factor, config.codebook_levels
-        self.absent = config.backbone.architecture.vocab_size
-        self.places = [(level + 1) * factor // levels - 1 for level in range(levels)]
         is_anchor = torch.zeros(factor, dtype=torch.bool)
         is_anchor[self.places] = True
         self.register_buffer("is_anchor", is_anchor, persistent=False)
@@ -108,20 +107,6 @@ class AnchorCodec(Codec):
         """Sum of the embeddings of the codes: LongTensor [..., D] -> [..., codebook_dim]."""
         return self.embedding(codes).sum(-2)
 
-    def encode(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        sample: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """See `Codec.encode`; there is nothing to sample."""
-        return self._codes(
-            input_ids,
-            token_documents(input_ids, attention_mask, document_ids, self.config.compression_factor),
-        )
-
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """See `Codec.decode`; certain at anchors. Anchors of levels that are left out count as places without a
         token."""
@@ -163,10 +148,6 @@ class AnchorCodec(Codec):
         tokens = torch.where(is_hole, -1, known)
         tokens[wanted] = choose(self.decoder.head(hidden[wanted]))
         return tokens
-
-    def _codes(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
-        tokens = torch.where(document_ids > 0, input_ids, self.absent)
-        return tokens.view(tokens.shape[0], -1, self.config.compression_factor)[..., self.places]
 
     def _at_anchors(self, tokens: Tensor) -> Tensor:
         """BoolTensor [B, S * K]: the place of an anchor."""

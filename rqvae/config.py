@@ -150,7 +150,8 @@ class RQVAEConfig(StrictModel):
     codebook_size: int | tuple[int, ...] = 1024
     """C: entries per codebook, one number or one per level (coarse to fine)."""
     codebook_dim: int = Field(default=16, gt=0)
-    """Width of the space that is quantized. About 16: wider spaces lose accuracy fast at equal bits."""
+    """Width of the space that is quantized. Too wide a space is hard to quantize (at K=4 and 80 bits 128 dimensions
+    lose half of the tokens), too narrow a one hard to learn: 32 serve K=4 well, K=16 learns nothing in them."""
     latent_dim: int = Field(default=256, gt=0)
     """L: width of the layers at latent resolution, on both sides of the quantizer."""
     num_latent_layers: int = Field(default=1, ge=0)

@@ -163,9 +163,9 @@ class LatentGenerator:
                     if ended.all():
                         break
             if not is_last:
-                steps.append(codes, tokens[-1].clamp(min=0) if reads_tokens else None)
+                steps.append(codes, *((tokens[-1].clamp(min=0), tokens[-1] >= 0) if reads_tokens else ()))
                 watch.add("spatial")
-        # Places without a token are negative (`IdentityCodec`).
+        # Places without a token are negative (`TokenCodec`).
         drawn = torch.cat(tokens, dim=1).tolist()
         new_ids = [[token for token in ids if token >= 0][:max_new_tokens] for ids in drawn]
         if stop_at_end_of_text:

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rqvae.codec import Codec, most_likely
+from rqvae.codec import most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.encoder import token_documents
 from rqvae.rq_vae import RQVAEOutput
+from rqvae.token_codec import TokenCodec
 
 
-class IdentityCodec(Codec):
+class IdentityCodec(TokenCodec):
     """K tokens <-> K codes.
-
-    Code i of a chunk is its token i; the one code beyond the vocabulary stands for a place without a token.
 
     Args:
         config: with `model: identity`.
@@ -32,10 +31,9 @@ class IdentityCodec(Codec):
     """
 
     def __init__(self, config: RQVAEConfig):
-        super().__init__(config)
+        super().__init__(config, range(config.compression_factor))
         if config.model != "identity":
             raise ValueError(f"an IdentityCodec needs model: identity, not {config.model}")
-        self.absent = config.backbone.architecture.vocab_size
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
@@ -57,20 +55,6 @@ class IdentityCodec(Codec):
             nats=nats,
             correct=document_ids > 0,
             distortion=nats.new_zeros(self.config.codebook_levels),
-        )
-
-    def encode(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        sample: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Codes of token chunks: LongTensor [B, T] -> LongTensor [B, T / K, K]; there is nothing to sample."""
-        return self._codes(
-            input_ids,
-            token_documents(input_ids, attention_mask, document_ids, self.config.compression_factor),
         )
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -103,7 +87,3 @@ class IdentityCodec(Codec):
         """Tokens of further latents: LongTensor [B, S, K] -> [B, S * K]; -1 where there is no token."""
         tokens = codes.flatten(1)
         return torch.where(tokens < self.absent, tokens, -1)
-
-    def _codes(self, input_ids: Tensor, document_ids: Tensor) -> Tensor:
-        tokens = torch.where(document_ids > 0, input_ids, self.absent)
-        return tokens.view(tokens.shape[0], -1, self.config.compression_factor)

@@ -123,8 +123,8 @@ def codec_latents(vae: Codec, input_ids: Tensor, document_ids: Tensor) -> Tensor
     """Latents [B, S, codebook_dim] that q(codes | text) is made from.
 
     Raises:
-        ValueError: the identity codec, whose codes are certain.
+        ValueError: a codec whose codes are tokens, and certain.
     """
     if not isinstance(vae, RQVAE):
-        raise ValueError("the identity codec's codes are certain: there is nothing to draw")
+        raise ValueError(f"the {vae.config.model} codec's codes are certain: there is nothing to draw")
     return vae.quantizer.bound(vae.encoder(input_ids, document_ids))

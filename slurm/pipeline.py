@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 
 from launch import run_status
 from launch.config import RunConfig, Stage, load_config
 from launch.paths import model_directory, project_directory, run_directory
-from launch.submission import Job, command, submit
+from launch.submission import Job, submit_in_order
 from launch.submit import build_jobs, code_jobs, training_job
 
 
@@ -81,16 +80,8 @@ def jobs_after_data(args: argparse.Namespace, config: RunConfig) -> list[Job]:
 
 def submit_all(jobs: list[Job], args: argparse.Namespace, config: RunConfig) -> int:
     """Submit each after the one before."""
-    project = project_directory(config)
     code = Path(os.environ.get("RQVAE_CODE", "")).resolve()
-    after: list[str] = []
-    for job in jobs:
-        if args.dry_run:
-            print(shlex.join(command(job, code, project / "slurm", after)))
-            after = [f"<{job.name}>"]
-        else:
-            after = [submit(job, code, project, after)]
-            print(f"{job.name}: job {after[0]}", flush=True)
+    submit_in_order(jobs, code, project_directory(config), args.dry_run)
     return 0
 
 

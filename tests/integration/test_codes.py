@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_pipeline import CodeDataset, TokenDataset
-from launch import precompute_codes
+from launch import eval, precompute_codes
 from launch.config import RunConfig, load_config
 from launch.paths import codes_directory, model_directory
 from launch.tasks import RQTransformerTask
@@ -180,7 +180,9 @@ def test_variants_train_and_are_evaluated(project: list[str], tmp_path: Path, se
         assert bits["latent_bound"] < bits["uniform"] * 1.1
 
 
-def test_tokens_as_codes_go_from_text_to_text(nano_data: list[str], tmp_path: Path) -> None:
+def test_tokens_as_codes_go_from_text_to_text(
+    nano_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The anchor codec through every command, in single processes: its decoder is trained, its codes are tokens."""
     overrides = [
         *[*nano_data, f"run_root={tmp_path}", "name=anchor", "tracking.wandb=disabled", "train.zero_stage=0"],
@@ -229,4 +231,12 @@ def test_tokens_as_codes_go_from_text_to_text(nano_data: list[str], tmp_path: Pa
     batch = TokenDataset(config.data.directory, "train").read(range(4))
     codes = CodeDataset(TokenDataset(config.data.directory, "train"), codes_directory(config)).read(range(4))
     real = batch["document_ids"].view(4, -1, 4)[..., [1, 3]] > 0
+    assert "zero_rate, latent_bound_calibrated" in report["missing"]
+    # There is nothing to draw from, wherever it is asked for.
+    assert eval.main([*evaluate, "evaluation.stochastic_codes=true"]) == 2
+    assert "the anchor codec's codes are certain" in capsys.readouterr().err
+    assert precompute_codes.main([*with_config, *codec, "--latents", *overrides]) == 2
+    assert "the anchor codec has no latents" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"codec\.model: anchor has nothing to draw from"):
+        load_config(NANO, overrides=[*overrides, "stages.rq_transformer.stochastic_codes=true"])
     assert torch.equal(codes["codes"][real], batch["input_ids"].view(4, -1, 4)[..., [1, 3]][real])
