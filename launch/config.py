@@ -35,6 +35,9 @@ _ONLY_IN = {
     "switch_warmup_steps": _CODEC_STAGES,
     "quantizer_warmup_steps": _CODEC_STAGES,
     "stochastic_codes": ("rq_transformer",),
+    "rate_weight": ("joint",),
+    "rate_warmup_steps": ("joint",),
+    "free_nats": ("joint",),
 }
 
 
@@ -57,6 +60,15 @@ class TrainConfig(EngineConfig):
     """The latent model is trained on codes drawn from the quantizer's soft assignments at every step, with these
     as targets (Lee 2022, section 3.2.3; `codec.quantizer.code_temperature`). Needs codes that were precomputed
     with --latents."""
+
+    rate_weight: float = Field(default=1.0, ge=0)
+    """Stage joint: weight of the codes' divergence KL(q || prior) in the loss (beta of Higgins 2017); 1 is the bound
+    itself."""
+    rate_warmup_steps: int = Field(default=0, ge=0)
+    """Stage joint: steps over which that weight rises linearly from 0 when quantization begins, so that text is
+    reconstructed before codes cost anything. (With the full weight from the start they may lose all they say.)"""
+    free_nats: float = Field(default=0.0, ge=0)
+    """Stage joint: a level's mean divergence per latent below this costs no less (free bits, Kingma 2016)."""
 
     initial_weights: str | None = None
     """Directory of a converted model of the same stage and shape to start from, instead of random weights and
@@ -358,6 +370,11 @@ def _mistakes_across_fields(values: Mapping[str, Any], stage: Stage | None) -> l
         mistakes.append(
             f"codec.model: identity leaves the stage {chosen} nothing to train; go on with "
             "launch/precompute_codes.py and the stage rq_transformer"
+        )
+    if codec is not None and codec.model == "anchor" and chosen == "joint":
+        mistakes.append(
+            "codec.model: anchor has certain codes, which a prior cannot change; train the stages rqvae and "
+            "rq_transformer"
         )
     # With a stage chosen, the others are not going to run: an override of steps may not suit them.
     stages = [chosen] if chosen in STAGES else [name for name in STAGES if name in sections]

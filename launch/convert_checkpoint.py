@@ -6,6 +6,10 @@ SRC is a run directory (its newest complete checkpoint is taken) or one checkpoi
 `from_pretrained`; a base LM becomes a plain Hugging Face directory. The tokenizer is written beside it. Tensors pass
 through one by one, so a model larger than the memory can be converted.
 
+    python launch/convert_checkpoint.py runs/tiny/joint runs/tiny/model --to safetensors
+
+makes two models of the stage joint, `rqvae` and `rq_transformer` in DST.
+
     python launch/convert_checkpoint.py runs/tiny/rqvae runs/tiny/universal --to universal
 
 makes DeepSpeed's universal checkpoint, with what that leaves out in `not_universal.safetensors`. DeepSpeed's own
@@ -46,6 +50,8 @@ from launch.shards import ShardedState
 from rqvae import RQVAE
 from rqvae.backbone import BaseLM, load_pretrained
 from rqvae.gguf_file import GGUFModel
+from rqvae.joint import RQVAEWithPrior
+from rqvae.loading import load_codec
 from rqvae.persistence import save_config
 
 
@@ -69,7 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if (args.source.suffix == ".pt") != (args.config is not None):
             raise ValueError("--config is needed for a .pt file, and for nothing else")
-        refuse_filled(args.destination)
         if args.config is not None:
             from_reference(args.source, args.destination, args.config)
         else:
@@ -96,11 +101,35 @@ def to_safetensors(source: Path, destination: Path) -> None:
         model = task.create_model()
     state = ShardedState(checkpoint)
     tasks.check_fits(model.state_dict(), state, checkpoint.directory)
+    if isinstance(model, RQVAEWithPrior):
+        write_joint(model, state, destination)
+        load_tokenizer(config.data.directory).save_pretrained(destination / "tokenizer")
+        return
+    refuse_filled(destination)
     partial = empty_partial(destination)
     write_model(model, state.tensor, partial)
     # The destination comes last: where it is, all is there.
     load_tokenizer(config.data.directory).save_pretrained(destination.parent / "tokenizer")
     partial.replace(destination)
+
+
+def write_joint(model: RQVAEWithPrior, state: ShardedState, destination: Path) -> None:
+    """Write codec and latent model of the stage joint as directories of their own, the latent model with the hash of
+    its codec.
+
+    Raises:
+        ValueError: one of them is there already.
+    """
+    parts = {"rqvae": (model.codec, "codec."), "rq_transformer": (model.prior, "prior.")}
+    for name in parts:
+        refuse_filled(destination / name)
+    for name, (part, prefix) in parts.items():
+        if name == "rq_transformer":
+            codec_hash = load_codec(destination / "rqvae").codec_hash()
+            model.prior.config = model.prior.config.model_copy(update={"codec_hash": codec_hash})
+        partial = empty_partial(destination / name)
+        write_model(part, lambda tensor, prefix=prefix: state.tensor(prefix + tensor), partial)
+        partial.replace(destination / name)
 
 
 def from_reference(source: Path, destination: Path, config_path: Path) -> None:
@@ -110,6 +139,7 @@ def from_reference(source: Path, destination: Path, config_path: Path) -> None:
         ValueError: the file is refused, or cannot be expressed exactly; lists why.
     """
     reference_config, reference_state = read_reference(source)
+    refuse_filled(destination)
     codec = load_config(config_path).codec
     check_config(source, reference_config, reference_state, codec)
     with torch.device("meta"):
@@ -156,6 +186,7 @@ def to_universal(source: Path, destination: Path) -> None:
     """
     from deepspeed.checkpoint import ds_to_universal
 
+    refuse_filled(destination)
     _, checkpoint = locate(source)
     if checkpoint.zero_stage == 0:
         raise ValueError(f"'{checkpoint.directory}' was written with zero_stage 0, which is whole already")
@@ -196,6 +227,7 @@ def to_huggingface(source: Path, destination: Path) -> None:
         raise ValueError(
             f"--to huggingface converts a *.gguf file, which '{source}' is not; use --to safetensors"
         )
+    refuse_filled(destination)
     gguf = GGUFModel(source)
     model = BaseLM(gguf.architecture, eos_token_id=0)
     load_pretrained(str(source), model.lm.model, model.lm.lm_head)

@@ -14,7 +14,7 @@ from launch.config import TrainConfig
 if TYPE_CHECKING:  # it picks its accelerator on import, which `launch.engine` prepares
     import deepspeed
 
-    from launch.tasks import Phase
+    from launch.task import Phase
 
 # Their order is that of the groups in checkpoints.
 _KINDS = ("_no_decay", "", "_muon")

@@ -25,19 +25,20 @@ from launch.engine import build_engine
 from launch.gradients import trained_parameters
 from launch.optimizer import parameter_groups
 from launch.shards import ShardedState
+from launch.task import Phase, Task
 
 
 class Phases:
     """Makes the engine of one phase after another."""
 
-    def __init__(self, task: tasks.Task, precision: Literal["bf16", "fp32"], device: torch.device):
+    def __init__(self, task: Task, precision: Literal["bf16", "fp32"], device: torch.device):
         self._task, self._precision, self._device = task, precision, device
         self._train = task.config.train
         self._engine: deepspeed.DeepSpeedEngine | None = None
         self._hooks: list[Any] = []
 
     def enter(
-        self, phase: tasks.Phase, resumed: Checkpoint | None
+        self, phase: Phase, resumed: Checkpoint | None
     ) -> tuple[deepspeed.DeepSpeedEngine, dict[str, Any] | None]:
         """The engine for a phase.
 
@@ -67,9 +68,7 @@ class Phases:
         if self._train.phase_method == "rebuild":
             self._engine = None
 
-    def _build(
-        self, phase: tasks.Phase, resumed: Checkpoint | None, loads_all: bool
-    ) -> deepspeed.DeepSpeedEngine:
+    def _build(self, phase: Phase, resumed: Checkpoint | None, loads_all: bool) -> deepspeed.DeepSpeedEngine:
         task, train = self._task, self._train
 
         def fill(model: nn.Module) -> None:
@@ -95,7 +94,7 @@ class Phases:
         check_trained(engine, frozen)
         return engine
 
-    def _freeze(self, phase: tasks.Phase) -> None:
+    def _freeze(self, phase: Phase) -> None:
         for hook in self._hooks:
             hook.remove()
         assert self._engine is not None

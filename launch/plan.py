@@ -23,8 +23,10 @@ from torch import nn
 from launch import flops, memory
 from launch.config import RunConfig, Stage, check_world_size, load_config
 from launch.dry_run import batch_arithmetic
+from launch.joint_task import JointTask
 from launch.latent_model import latent_model_config
-from launch.tasks import Phase, codec_task
+from launch.task import Phase
+from launch.tasks import codec_task
 from rqvae import BaseLM, FlatTransformer, RQTransformer
 
 GIB = 1 << 30
@@ -91,17 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(config: RunConfig, gpus: int) -> list[PhasePlan]:
-    """All phases of the stages that the configuration has settings for (of the three without `joint`).
+    """All phases of the stages that the configuration has settings for; without any, of all but `joint`.
 
     Raises:
         ValueError: the batch does not divide by the ranks.
     """
-    makers = {"base_lm": base_lm, "rqvae": rqvae, "rq_transformer": rq_transformer}
+    makers = {"base_lm": base_lm, "rqvae": rqvae, "rq_transformer": rq_transformer, "joint": joint}
     named = [stage for stage in makers if stage in config.stages.model_fields_set]
+    usual = [stage for stage in makers if stage != "joint"]
     plans = []
-    for stage in [config.stage] if config.stage is not None else named or list(makers):
-        if stage in makers:
-            plans += makers[stage](config if config.stage else config.for_stage(stage), gpus)  # type: ignore[arg-type]
+    for stage in [config.stage] if config.stage is not None else named or usual:
+        plans += makers[stage](config if config.stage else config.for_stage(stage), gpus)  # type: ignore[arg-type]
     return plans
 
 
@@ -135,6 +137,35 @@ def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
         head = (architecture.hidden_size, architecture.vocab_size)
         trains_head = model.decoder.head.weight.requires_grad
         plans.append(phase_plan(config, gpus, phase, model, kept, head, trains_head, per_token))
+    return plans
+
+
+def joint(config: RunConfig, gpus: int) -> list[PhasePlan]:
+    """Codec and latent model together: what both keep, and what the codes are drawn from."""
+    task, length, recompute = (
+        JointTask(config),
+        config.data.sample_length,
+        config.train.activation_checkpointing,
+    )
+    shape, costs = latent_model_config(config), flops.codec(config.codec, length)
+    plans = []
+    for phase in task.phases():
+        is_full = phase.name == "full"
+        with torch.device("meta"):
+            model = task.create_model()
+        task.set_phase(model, phase)
+        name, factor = type(model.prior).__name__, shape.compression_factor
+        kept = memory.codec(config.codec, length, width(config), is_full, recompute)
+        kept += memory.latent_model(name, shape, length, width(config), recompute) + memory.soft_targets(
+            shape
+        )
+        per_token = costs.train_full if is_full else costs.train_frozen
+        per_token += 3 * flops.latent_model(name, shape, length / factor) / factor
+        decoder_head = model.codec.decoder.head.weight
+        head = (decoder_head.shape[1], decoder_head.shape[0])
+        plans.append(
+            phase_plan(config, gpus, phase, model, kept, head, decoder_head.requires_grad, per_token)
+        )
     return plans
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from launch import flops
 from launch.config import RunConfig
 from launch.latent_model import latent_model_config
-from launch.tasks import Phase
+from launch.task import Phase
 
 # Dense bf16 TFLOP/s of one GPU, from the makers' data sheets; the first name that is part of the device's counts.
 PEAK_TFLOPS = {
@@ -40,13 +40,16 @@ def train_flops_per_token(config: RunConfig, phase: Phase) -> float:
     if config.stage == "base_lm":
         architecture = config.codec.backbone.architecture
         return 3 * (flops.backbone(architecture, length / 2) + flops.head(architecture))
-    if config.stage == "rqvae":
+    total = 0.0
+    if config.stage in ("rqvae", "joint"):
         costs = flops.codec(config.codec, length)
-        return costs.train_frozen if phase.freezes_backbone else costs.train_full
-    shape = latent_model_config(config)
-    name = "FlatTransformer" if config.latent_model.model == "flat_transformer" else "RQTransformer"
-    factor = shape.compression_factor
-    return 3 * flops.latent_model(name, shape, length / factor) / factor
+        total += costs.train_frozen if phase.freezes_backbone else costs.train_full
+    if config.stage in ("rq_transformer", "joint"):
+        shape = latent_model_config(config)
+        name = "FlatTransformer" if config.latent_model.model == "flat_transformer" else "RQTransformer"
+        factor = shape.compression_factor
+        total += 3 * flops.latent_model(name, shape, length / factor) / factor
+    return total
 
 
 class Speedometer:

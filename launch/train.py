@@ -42,6 +42,7 @@ from launch.phases import Phases
 from launch.run_lock import RunLock
 from launch.speed import Speedometer
 from launch.stop import StopRequest
+from launch.task import Batch, Dataset, Phase, Task
 from launch.tracking import Tracker
 from launch.validation import validate
 from launch.window import Window, joined, num_real_tokens, split, to_device
@@ -94,7 +95,7 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
     checkpointer = Checkpointer(directory / "checkpoints", config.train)
     resumed = checkpoints.start_from(checkpointer.root)
 
-    def open_data() -> tasks.Dataset:
+    def open_data() -> Dataset:
         dataset = task.dataset("train")
         resume.refuse_other_run(directory, resumed, config, precision, dataset.fingerprint)
         if resumed is None:
@@ -204,9 +205,9 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
 
 
 def forward_backward(
-    task: tasks.Task,
+    task: Task,
     engine: Any,
-    micro_batch: tasks.Batch,
+    micro_batch: Batch,
     num_tokens: torch.Tensor,
     step: int,
     window: Window,
@@ -218,9 +219,7 @@ def forward_backward(
     return out.loss.detach()
 
 
-def record(
-    tracker: Tracker, phase: tasks.Phase, split_name: str, step: int, metrics: Mapping[str, float]
-) -> None:
+def record(tracker: Tracker, phase: Phase, split_name: str, step: int, metrics: Mapping[str, float]) -> None:
     """One line of metrics.jsonl."""
     tracker.log({"phase": phase.name, "split": split_name, "step": step, **metrics})
 
@@ -230,10 +229,11 @@ def say_what_next(config: RunConfig, directory: Path, stopped: str | None, step:
     if stopped is not None:
         print(f"Stopped at step {step} ({stopped}). Give the same command again to continue.", flush=True)
     else:
+        models = directory.parent / "model"
+        destination = models if config.stage == "joint" else models / str(config.stage)
         print(
             f"Finished {step} steps: {directory}\n"
-            f"Next: python launch/convert_checkpoint.py {directory} "
-            f"{directory.parent / 'model' / str(config.stage)} --to safetensors",
+            f"Next: python launch/convert_checkpoint.py {directory} {destination} --to safetensors",
             flush=True,
         )
 

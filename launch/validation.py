@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline import CodeDataset, MixtureDataset, load_tokenizer
 from launch.config import RunConfig
 from launch.reconstructions import Reconstruction, predictions_of, reconstruction
-from launch.tasks import Dataset, Task
+from launch.task import Dataset, Task
 from launch.window import Window, to_device
 
 

@@ -21,6 +21,7 @@ _HOME = {
     "RQTransformerConfig": "config",
     "RQVAE": "rq_vae",
     "RQVAEConfig": "config",
+    "RQVAEWithPrior": "joint",
     "ResidualQuantizer": "quantizer",
     "RoPEAttention": "layers",
     "SpatialTransformer": "rq_transformer",

@@ -25,6 +25,8 @@ class RQTransformerOutput(NamedTuple):
     loss: Tensor
     """Negative log-likelihood of the codes of all levels, per real token of text, in nats; with soft targets
     the cross-entropy against them."""
+    level_losses: Tensor
+    """[D] what the loss is the sum of."""
     nats: Tensor
     """[B, S, D] fp32, 0 at padding."""
     correct: Tensor
@@ -212,8 +214,10 @@ class LatentModel(nn.Module, ABC):
             correct.append(out.correct)
             if return_logits:
                 logits.append(head(hidden[:, level]).view(*codes.shape[:2], -1))
+        level_losses = torch.stack(losses)
         return RQTransformerOutput(
-            loss=torch.stack(losses).sum(),
+            loss=level_losses.sum(),
+            level_losses=level_losses,
             nats=torch.stack(nats, dim=-1).view(codes.shape),
             correct=torch.stack(correct, dim=-1).view(codes.shape) & real[..., None],
             logits=logits if return_logits else None,

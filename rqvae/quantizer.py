@@ -436,7 +436,11 @@ class ResidualQuantizer(nn.Module):
         return codes[:, 0]
 
     def forward(
-        self, latents: Tensor, mask: Tensor, kept_levels: Tensor | None = None
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        kept_levels: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> ResidualQuantizerOutput:
         """Quantize.
 
@@ -447,6 +451,7 @@ class ResidualQuantizer(nn.Module):
             mask: BoolTensor [B, S], False at padding, which is coded but counts for nothing.
             kept_levels: LongTensor [B], leading levels that `quantized` is made of; all by default. Codes,
                 losses and codebooks are not touched by it.
+            codes: LongTensor [B, S, D] chosen elsewhere, as by `sample`; by default the nearest.
         """
         work_dtype = torch.promote_types(latents.dtype, torch.float32)
         vectors = latents.to(work_dtype).reshape(-1, self.dim)
@@ -457,13 +462,15 @@ class ResidualQuantizer(nn.Module):
         total = torch.zeros_like(residual)
         kept = total
         commitment = vectors.new_zeros(())
-        codes, residuals, distortion = [], [], []
-        searched = self.search(residual) if self.config.beam_width > 1 else None
+        chosen, residuals, distortion = [], [], []
+        given = None if codes is None else codes.flatten(0, 1)
+        if given is None and self.config.beam_width > 1:
+            given = self.search(residual)
         for index in range(self.num_levels):
             level = self.level(index)
-            level_codes = level.quantize(residual) if searched is None else searched[:, index]
+            level_codes = level.quantize(residual) if given is None else given[:, index]
             residuals.append(residual)
-            codes.append(level_codes)
+            chosen.append(level_codes)
             total = total + level.embed(level_codes)
             difference = vectors - total
             residual = difference.detach()
@@ -473,7 +480,7 @@ class ResidualQuantizer(nn.Module):
             # Every level's partial sum is asked to be near the input (Lee 2022, equation 7).
             commitment = commitment + left_over / self.dim
             distortion.append(left_over.detach())
-        all_codes = torch.stack(codes, dim=1)
+        all_codes = torch.stack(chosen, dim=1)
         if self.training:
             # The first residual may be the caller's own memory.
             if real.all():
@@ -497,7 +504,6 @@ class ResidualQuantizer(nn.Module):
             torch.stack(distortion),
         )
 
-    @torch.no_grad()
     def sample(
         self,
         latents: Tensor,
@@ -508,7 +514,8 @@ class ResidualQuantizer(nn.Module):
         """Stochastic codes: every level drawn from its soft assignment of what the draws before left over.
 
         Lee 2022, section 3.2.3: sampled codes as inputs and their distributions as targets keep the latent
-        model from relying on codes that it will not predict exactly.
+        model from relying on codes that it will not predict exactly. The distributions pass gradients on to the
+        latents.
 
         Args:
             latents: [B, S, E], through `bound`.
@@ -532,7 +539,11 @@ class ResidualQuantizer(nn.Module):
                 targets.append(shares.view(*latents.shape[:2], -1))
             cumulative = shares.cumsum(1)
             draws = numbers[..., index].reshape(-1, 1).to(work_dtype) * cumulative[:, -1:]
-            codes.append(torch.searchsorted(cumulative, draws).squeeze(1).clamp(max=level.codebook_size - 1))
+            codes.append(
+                torch.searchsorted(cumulative.detach(), draws.detach())
+                .squeeze(1)
+                .clamp(max=level.codebook_size - 1)
+            )
             residual = residual - level.embed(codes[-1])
         return torch.stack(codes, dim=1).view(numbers.shape), targets if with_soft_targets else None
 

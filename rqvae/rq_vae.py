@@ -38,6 +38,8 @@ class RQVAEOutput(NamedTuple):
     """BoolTensor [B, T], False at padding."""
     distortion: Tensor
     """[D] sum over real latents of the squared norm left after every level; empty while quantization is off."""
+    assignments: list[Tensor] | None = None
+    """By level [B, S, C] what stochastic codes were drawn from."""
 
 
 class RQVAE(Codec):
@@ -82,6 +84,7 @@ class RQVAE(Codec):
         num_tokens: Tensor | None = None,
         quantize: bool = True,
         seeds: Tensor | None = None,
+        stochastic: bool = False,
     ) -> RQVAEOutput:
         """Encode, quantize, decode, and score.
 
@@ -92,8 +95,9 @@ class RQVAE(Codec):
             num_tokens: denominator of the losses; by default the real tokens of this batch. A training
                 loop passes its share of the whole step's tokens.
             quantize: False passes the continuous latents on (the first part of training).
-            seeds: LongTensor [B] of `randomness.sample_seeds`, for what is drawn in training mode (dropout
-                and noise); by default from torch's global generator.
+            seeds: LongTensor [B] of `randomness.sample_seeds`, for what is drawn: in training mode dropout and
+                noise, and stochastic codes; by default from torch's global generator.
+            stochastic: draw the codes from `ResidualQuantizer.sample` instead of taking the nearest.
 
         Raises:
             ValueError: T is not a multiple of K.
@@ -103,13 +107,17 @@ class RQVAE(Codec):
         if num_tokens is None:
             num_tokens = real.sum().clamp(min=1)
         documents = chunk_documents(document_ids, self.config.compression_factor)
-        if self.training and seeds is None:
+        if (self.training or stochastic) and seeds is None:
             seeds = torch.randint(1 << 62, input_ids.shape[:1], device=input_ids.device)
         latents = self.encoder(input_ids, document_ids, self._hidden_tokens(real, seeds))
         latents = self.quantizer.bound(latents)
-        decoder_input = latents
+        decoder_input, drawn, assignments = latents, None, None
         if quantize:
-            quantized = self.quantizer(latents, documents > 0, self._kept_levels(seeds))
+            if stochastic:
+                assert seeds is not None
+                numbers = uniform(seeds, Purpose.CODES, latents.shape[1], self.config.codebook_levels)
+                drawn, assignments = self.quantizer.sample(latents, numbers, with_soft_targets=True)
+            quantized = self.quantizer(latents, documents > 0, self._kept_levels(seeds), drawn)
             decoder_input, codes, distortion = quantized.quantized, quantized.codes, quantized.distortion
             commitment = quantized.commitment_loss * self.config.compression_factor / num_tokens
         else:
@@ -128,6 +136,7 @@ class RQVAE(Codec):
             nats=out.nats.view_as(input_ids),
             correct=out.correct.view_as(real) & real,
             distortion=distortion,
+            assignments=assignments,
         )
 
     # What training adds at random; `seeds` is None outside of training.

@@ -79,8 +79,6 @@ def measure(
 def main() -> None:
     """Fork the ranks from a process that has imported everything, so that no rank's memory grows by that."""
     request = json.loads(sys.argv[1])
-    import launch.phases
-    import launch.tasks  # noqa: F401
 
     port = free_port()
     ranks = []
@@ -126,8 +124,8 @@ def _rank(
 
 def _train(config: RunConfig, world_size: int, phase_name: str, counter: TensorBytes) -> dict[str, float]:
     """Steps of a phase; what there is before the last one, whose peak is yet to be read."""
+    from launch.codec_tasks import RQVAETask
     from launch.phases import Phases
-    from launch.tasks import RQVAETask
 
     task, train = RQVAETask(config), config.train
     phase = next(phase for phase in task.phases() if phase.name == phase_name)

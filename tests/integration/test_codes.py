@@ -13,8 +13,8 @@ import torch
 from data_pipeline import CodeDataset, TokenDataset
 from launch import eval, precompute_codes
 from launch.config import RunConfig, load_config
+from launch.latent_task import RQTransformerTask
 from launch.paths import codes_directory, model_directory
-from launch.tasks import RQTransformerTask
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
 from tests.integration.conftest import NANO, run
 

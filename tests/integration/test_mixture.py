@@ -13,8 +13,9 @@ from data_pipeline import MixtureDataset, StepLoader, build
 from data_pipeline.codes import code_shard_name
 from launch import precompute_codes
 from launch.config import load_config
+from launch.latent_task import RQTransformerTask
 from launch.paths import codes_directory, run_directory, source_directories
-from launch.tasks import BaseLMTask, RQTransformerTask
+from launch.tasks import BaseLMTask
 from tests.integration.conftest import NANO, launcher, run
 from tests.integration.test_codes import identity
 

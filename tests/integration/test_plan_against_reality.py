@@ -122,9 +122,9 @@ def test_only_rank_0_holds_the_pretrained_backbone(tmp_path: Path) -> None:
 def model_states(rank: int, world_size: int, port: int, phase: str, precision: str, output: str) -> None:
     """One process of a run of tiny: bytes of its partitioned tensors, after an optimizer step."""
     torch.set_num_threads(1)
+    from launch.codec_tasks import RQVAETask
     from launch.engine import build_engine
     from launch.optimizer import parameter_groups
-    from launch.tasks import RQVAETask
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     config = load_config(CONFIGS / "tiny.yaml", stage="rqvae", overrides=[f"train.precision={precision}"])

@@ -8,7 +8,7 @@ import torch
 from launch import flops
 from launch.config import STAGES, load_config
 from launch.speed import Speedometer, train_flops_per_token
-from launch.tasks import Phase
+from launch.task import Phase
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
 FULL, FROZEN = Phase("full", 5, 9), Phase("frozen", 0, 5)
