@@ -180,6 +180,9 @@ class AnchorCodecTask(RQVAETask):
     def load_model(self, directory: Path) -> AnchorCodec:
         return AnchorCodec.from_pretrained(directory)
 
+    def reconstructing_head(self, model: AnchorCodec) -> nn.Module:  # type: ignore[override]
+        return model.head
+
     def before_step(self, engine: nn.Module, dataset: Dataset, step: int, rank: int, world_size: int) -> None:
         pass  # there are no codebooks
 

@@ -59,9 +59,13 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     if config.model == "identity":
         return CodecFlops(encode=0.0, decode=0.0, train_frozen=0.0, train_full=0.0)
     architecture, factor = config.backbone.architecture, config.compression_factor
+    if config.model == "anchor":  # a decoder only, which is a backbone with its head
+        forward = backbone(architecture, sample_length / 2) + head(architecture)
+        pass_on = 2 * forward + attention(architecture, sample_length / 2)
+        frozen = pass_on if config.backbone.decoder == "same" else 3 * forward
+        return CodecFlops(encode=0.0, decode=forward, train_frozen=frozen, train_full=3 * forward)
     # Masks that keep documents or chunks apart save nothing: what they hide is computed.
     one_backbone = backbone(architecture, sample_length / 2)
-    encoder_backbone = 0.0 if config.model == "anchor" else one_backbone
     decoder_backbone = 0.0 if config.backbone.decoder == "none" else one_backbone
     output = head(architecture)
     refinement = (
@@ -71,21 +75,19 @@ def codec(config: RQVAEConfig, sample_length: int) -> CodecFlops:
     search = 2 * config.codebook_dim * sum(config.codebook_sizes) / factor
     down, up = resampling(config)
     encoder_side, decoder_side = down + refinement + projection, up + refinement + projection
-    if config.model == "anchor":  # a decoder only
-        encoder_side = search = 0.0
     new = 3 * (encoder_side + decoder_side) + search
     # Nothing learns below the encoder's frozen backbone unless the mask token does: no backward pass through it.
     pass_on = 2 * one_backbone + attention(architecture, sample_length / 2)
-    frozen = pass_on if config.token_dropout else encoder_backbone
+    frozen = pass_on if config.token_dropout else one_backbone
     if config.backbone.decoder == "same":
         frozen += pass_on + 2 * output
     else:
         frozen += 3 * (decoder_backbone + output)
     return CodecFlops(
-        encode=encoder_backbone + encoder_side + search,
+        encode=one_backbone + encoder_side + search,
         decode=decoder_backbone + decoder_side + output,
         train_frozen=frozen + new,
-        train_full=3 * (encoder_backbone + decoder_backbone + output) + new,
+        train_full=3 * (one_backbone + decoder_backbone + output) + new,
     )
 
 

@@ -203,13 +203,14 @@ def codec(config: RQVAEConfig, context: int, width: int, is_trained: bool, recom
     decoder = config.backbone.decoder
     # Nothing below the encoder's frozen backbone learns, unless the mask token does: nothing is kept of it.
     total = 0.0
-    if config.model != "anchor" and (is_trained or config.token_dropout):
+    if config.model == "anchor":  # a decoder only: embeddings of anchors, and with what stands beside them
+        kept = backbone(architecture, context, width, is_trained or decoder == "random", recompute)
+        return kept + 2 * width * architecture.hidden_size
+    if is_trained or config.token_dropout:
         total += backbone(architecture, context, width, is_trained, recompute)
     if decoder != "none":
         total += backbone(architecture, context, width, is_trained or decoder == "random", recompute)
     refinement = block(config.latent_dim, config.num_latent_layers, 8 / 3, context / factor, width, recompute)
-    if config.model == "anchor":  # a decoder only: upsampled
-        return total + refinement / factor + width * architecture.hidden_size
     # embeddings, their norm, states and embeddings side by side, the same with absent places filled; upsampled
     between = width * 7 * architecture.hidden_size
     return total + 2 * refinement / factor + between

@@ -1,8 +1,8 @@
 """The codec whose codes are D of the K tokens of a chunk; a decoder fills in the others, all at once.
 
 Nothing has to be searched for or learnt on the encoder's side, and the codes are as predictable as text: what a
-learned codec with D < K has to beat. The decoder is that of `RQVAE`; filling in tokens in parallel, given some that
-stand, is conditional masked language modelling (Ghazvininejad 2019).
+learned codec with D < K has to beat. Filling in tokens in parallel, given some that stand, is conditional masked
+language modelling (Ghazvininejad 2019), here chunk by chunk so that text can be decoded while it is generated.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from rqvae.backbone import load_pretrained
+from rqvae.backbone import build_backbone, load_pretrained
 from rqvae.codec import most_likely
 from rqvae.config import RQVAEConfig
-from rqvae.decoder import DecoderCache, TextDecoder
+from rqvae.decoder import DecoderCache, decode_with_backbone
 from rqvae.encoder import chunk_documents, token_documents
-from rqvae.latent_model import CodeEmbedding
-from rqvae.layers import HeadOutput
+from rqvae.layers import HeadOutput, LinearHead
 from rqvae.rq_vae import RQVAEOutput
 from rqvae.token_codec import TokenCodec
 
 
 class AnchorCodec(TokenCodec):
     """K tokens <-> D of them (the anchors), evenly spaced, the last token of the chunk among them.
+
+    The decoder is a causal backbone over all places. A place is given the embedding of the first anchor at or after
+    it, so that it sees that one beside, through attention, all the anchors before.
 
     -log p(x) = NLL(codes) + NLL(other tokens | codes) is a bound only for the codes that say where a document begins
     on the chunk grid: every text has one code sequence.
@@ -41,35 +44,45 @@ class AnchorCodec(TokenCodec):
         super().__init__(config, [(level + 1) * factor // levels - 1 for level in range(levels)])
         if config.model != "anchor":
             raise ValueError(f"an AnchorCodec needs model: anchor, not {config.model}")
+        architecture = config.backbone.architecture
         is_anchor = torch.zeros(factor, dtype=torch.bool)
         is_anchor[self.places] = True
         self.register_buffer("is_anchor", is_anchor, persistent=False)
         # The first anchor at or after every place.
         next_level = is_anchor.long().cumsum(0) - is_anchor.long()
         self.register_buffer("next_level", next_level, persistent=False)
-        self.embedding = CodeEmbedding(config.codebook_sizes, config.codebook_dim)
-        self.decoder = TextDecoder(config)
+        self.backbone = build_backbone(architecture, with_embeddings=True)
+        self.head = LinearHead(architecture.hidden_size, architecture.vocab_size)
+        if architecture.tie_word_embeddings:
+            self.head.weight = self._embeddings.weight
+        # What stands at a place beside the anchor's embedding, and in place of an anchor that is not there.
+        scale = self.backbone.config.initializer_range
+        self.place_embedding = nn.Parameter(torch.randn(factor, architecture.hidden_size) * scale)
+        self.absent_token = nn.Parameter(torch.randn(architecture.hidden_size) * scale)
 
     is_anchor: Tensor
     next_level: Tensor
 
+    @property
+    def _embeddings(self) -> nn.Embedding:
+        return self.backbone.get_input_embeddings()  # type: ignore[return-value]
+
     def load_backbone(self, source: str) -> None:
-        """Initialise the decoder's backbone and head from a causal LM in Hugging Face layout.
+        """Initialise embeddings, backbone and head from a causal LM in Hugging Face layout.
 
         Raises:
             ValueError: `backbone.decoder` asks for something else.
         """
-        if self.decoder.backbone is None or self.config.backbone.decoder != "same":
+        if self.config.backbone.decoder != "same":
             raise ValueError(
                 "backbone.pretrained: an anchor codec has a decoder only; use backbone.decoder: same"
             )
-        load_pretrained(source, self.decoder.backbone, self.decoder.head)
+        load_pretrained(source, self.backbone, self.head)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """What `load_backbone` fills and the frozen warm-up leaves alone; all else is new."""
-        if self.decoder.backbone is not None and self.config.backbone.decoder == "same":
-            yield from self.decoder.backbone.parameters()
-            yield from self.decoder.head.parameters()
+        if self.config.backbone.decoder == "same":
+            yield from {id(p): p for part in (self.backbone, self.head) for p in part.parameters()}.values()
 
     def forward(
         self,
@@ -86,10 +99,10 @@ class AnchorCodec(TokenCodec):
         if num_tokens is None:
             num_tokens = real.sum().clamp(min=1)
         codes = self._codes(input_ids, document_ids)
-        latents = self.embed(codes)
         unknown = real & ~self._at_anchors(input_ids)
         documents = chunk_documents(document_ids, self.config.compression_factor)
-        out: HeadOutput = self.decoder(latents, documents, input_ids, unknown / num_tokens)
+        hidden = self.hidden_states(codes, documents)
+        out: HeadOutput = self.head(hidden, input_ids, unknown / num_tokens)
         nothing = torch.zeros_like(out.loss)
         return RQVAEOutput(
             loss=out.loss,
@@ -97,15 +110,27 @@ class AnchorCodec(TokenCodec):
             commitment_loss=nothing,
             rate_loss=nothing,
             codes=codes,
-            latents=latents,
+            latents=hidden.new_zeros(*codes.shape[:2], 0),
             nats=out.nats.view_as(input_ids),
             correct=(out.correct.view_as(real) | ~unknown) & real,
             distortion=nothing.new_zeros(self.config.codebook_levels),
         )
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Sum of the embeddings of the codes: LongTensor [..., D] -> [..., codebook_dim]."""
-        return self.embedding(codes).sum(-2)
+    def hidden_states(self, codes: Tensor, documents: Tensor, cache: DecoderCache | None = None) -> Tensor:
+        """Hidden states before the head.
+
+        Args:
+            codes: LongTensor [B, S, D].
+            documents: LongTensor [B, S] document of every latent, 0 at padding.
+            cache: filled with the latents before these; extended in place.
+
+        Returns:
+            [B, S * K, H].
+        """
+        embedded = self._embeddings(codes.clamp(max=self.absent - 1))
+        embedded = torch.where((codes == self.absent)[..., None], self.absent_token, embedded)
+        x = (embedded[:, :, self.next_level] + self.place_embedding).flatten(1, 2)
+        return decode_with_backbone(self.backbone, x, documents, self.config.compression_factor, cache)
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """See `Codec.decode`; certain at anchors. Anchors of levels that are left out count as places without a
@@ -115,7 +140,7 @@ class AnchorCodec(TokenCodec):
         if document_ids is None:
             document_ids = torch.ones(codes.shape[:2], dtype=torch.long, device=codes.device)
         with torch.inference_mode():
-            logits: Tensor = self.decoder(self.embed(codes), document_ids)
+            logits: Tensor = self.head(self.hidden_states(codes, document_ids))
             known = self._spread(codes)
             is_known = (known < self.absent)[..., None]
             certain = torch.full_like(logits, -torch.inf)
@@ -124,7 +149,8 @@ class AnchorCodec(TokenCodec):
 
     def new_decoder_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
         """Empty cache for `decode_block`."""
-        return self.decoder.new_cache(batch_size, max_latents)
+        nothing = torch.zeros(batch_size, 0, dtype=torch.long, device=self.head.weight.device)
+        return DecoderCache(None, DynamicCache(config=self.backbone.config), nothing)
 
     @torch.inference_mode()
     def decode_block(
@@ -136,7 +162,7 @@ class AnchorCodec(TokenCodec):
     ) -> Tensor:
         """See `Codec.decode_block`. Without a token: anchors that say so, and what stands before the first anchor of
         a chunk that begins without one."""
-        hidden = self.decoder.hidden_states(self.embed(codes), documents, cache)
+        hidden = self.hidden_states(codes, documents, cache)
         known = self._spread(codes)
         is_present = codes < self.absent
         # Padding on the left: absent anchors before a present one.
@@ -146,7 +172,7 @@ class AnchorCodec(TokenCodec):
         )
         wanted = ~self._at_anchors(known) & ~is_hole
         tokens = torch.where(is_hole, -1, known)
-        tokens[wanted] = choose(self.decoder.head(hidden[wanted]))
+        tokens[wanted] = choose(self.head(hidden[wanted]))
         return tokens
 
     def _at_anchors(self, tokens: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ class RQVAEConfig(StrictModel):
     is learnt or lost (as in MEGABYTE, Yu 2023). The baseline that every codec must beat. Levels and sizes
     follow from the rest, and the settings of the networks have no effect.
     anchor: the codes are D < K of the tokens, evenly spaced (C = vocabulary and one), and the decoder fills in the
-    others in parallel. It has no encoder and no codebooks, so nothing but the decoder is trained. `codebook_dim` is
-    the width of the codes' embeddings: about `latent_dim`."""
+    others in parallel. It has no encoder and no codebooks, and its decoder is the backbone alone: the settings of
+    latents and their layers have no effect."""
     backbone: CodecBackboneConfig
     compression_factor: int = Field(default=4, gt=0)
     """K: tokens per latent position."""
@@ -270,6 +270,10 @@ class RQVAEConfig(StrictModel):
             )
         if self.backbone.shared:
             raise ValueError("backbone.shared: model: anchor has no encoder to share with; set it to false")
+        if self.backbone.decoder == "none":
+            raise ValueError(
+                "backbone.decoder: none leaves model: anchor nothing to decode with; use same or random"
+            )
         # A decoder that reads tokens has no use for what disturbs latents or chooses codes.
         unused = (
             "resample",

@@ -23,17 +23,44 @@ from rqvae.resample import ReferenceUpsample, Upsample
 class DecoderCache:
     """What the decoder keeps between blocks of latents when text is decoded as it is generated."""
 
-    def __init__(self, refinement: TransformerCache, backbone: DynamicCache | None, documents: Tensor):
+    def __init__(self, refinement: TransformerCache | None, backbone: DynamicCache | None, documents: Tensor):
         self.refinement = refinement
         self.backbone = backbone
         self.documents = documents  # LongTensor [B, latents so far]
 
     def select(self, rows: Tensor) -> None:
         """Go on from these rows: LongTensor [B], each named any number of times."""
-        self.refinement.select(rows)
+        if self.refinement is not None:
+            self.refinement.select(rows)
         if self.backbone is not None:
             self.backbone.reorder_cache(rows)  # type: ignore[arg-type]
         self.documents = self.documents[rows]
+
+
+def decode_with_backbone(
+    backbone: nn.Module, x: Tensor, documents: Tensor, compression_factor: int, cache: DecoderCache | None
+) -> Tensor:
+    """Run a causal backbone over the K places of every latent.
+
+    Args:
+        x: [B, S * K, H], its inputs.
+        documents: LongTensor [B, S] document of every latent, 0 at padding.
+        cache: filled with the latents before these; extended in place.
+
+    Returns:
+        [B, S * K, H].
+    """
+    seen = documents
+    if cache is not None:
+        seen = cache.documents = torch.cat([cache.documents, documents], dim=1)
+    tokens, seen_tokens = (d.repeat_interleave(compression_factor, 1) for d in (documents, seen))
+    return backbone(
+        inputs_embeds=x,
+        attention_mask=causal_document_mask(tokens, seen_tokens),
+        position_ids=positions_in_documents(seen_tokens)[:, -tokens.shape[1] :],
+        past_key_values=cache.backbone if cache is not None else None,
+        use_cache=cache is not None,
+    ).last_hidden_state
 
 
 class TextDecoder(nn.Module):
@@ -99,20 +126,12 @@ class TextDecoder(nn.Module):
         x = self.from_codebook(latents.to(self.from_codebook.weight.dtype))
         x = self.refinement(x, positions, mask, cache.refinement if cache is not None else None)
         x = self.upsample(x)
-        if cache is not None:
-            cache.documents = seen
         if self.backbone is None:
             assert self.norm is not None
+            if cache is not None:
+                cache.documents = seen
             return self.norm(x)
-        tokens, seen_tokens = (d.repeat_interleave(self.compression_factor, 1) for d in (documents, seen))
-        token_positions = positions_in_documents(seen_tokens)[:, -tokens.shape[1] :]
-        return self.backbone(
-            inputs_embeds=x,
-            attention_mask=causal_document_mask(tokens, seen_tokens),
-            position_ids=token_positions,
-            past_key_values=cache.backbone if cache is not None else None,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        return decode_with_backbone(self.backbone, x, documents, self.compression_factor, cache)
 
     def forward(
         self,

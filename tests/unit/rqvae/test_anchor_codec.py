@@ -20,7 +20,7 @@ ABSENT = VOCAB_SIZE
 @pytest.fixture
 def make_anchor(make_codec_config: Make) -> Make:
     def make(**changes: Any) -> AnchorCodec:
-        settings = {"model": "anchor", "codebook_levels": 2, "codebook_size": None, "codebook_dim": 32}
+        settings = {"model": "anchor", "codebook_levels": 2, "codebook_size": None}
         codec = create_codec(make_codec_config(**settings | changes))
         assert isinstance(codec, AnchorCodec)
         randomize(codec, seed=0)
@@ -73,14 +73,15 @@ def test_no_chunk_depends_on_a_later_one_nor_on_another_document(make_anchor: Ma
 
 
 def test_what_the_anchors_say_is_used(make_anchor: Make, tokens: Make) -> None:
-    """The tokens between depend on each anchor of their chunk, also on the one that follows."""
+    """The tokens between depend on the anchor that follows, and on those before."""
     codec, ids = make_anchor(), tokens(1, 8)
     codes = codec.encode(ids)
-    before = codec.decode(codes)[0, [0, 2]]
-    for level in (0, 1):
+    before = codec.decode(codes)[0, [0, 2, 4]]
+    for level, depends in ((0, [True, True, True]), (1, [False, True, True])):
         changed = codes.clone()
         changed[0, 0, level] = (codes[0, 0, level] + 1) % VOCAB_SIZE
-        assert ((codec.decode(changed)[0, [0, 2]] - before).abs().amax(1) > 1e-3).all()
+        difference = (codec.decode(changed)[0, [0, 2, 4]] - before).abs().amax(1)
+        assert (difference > 1e-3).tolist() == depends
 
 
 def test_blocks_with_a_cache_are_the_whole(make_anchor: Make, tokens: Make) -> None:
@@ -174,6 +175,7 @@ def test_it_learns(make_anchor: Make, tokens: Make) -> None:
         ({"token_dropout": 0.1}, "token_dropout: has no effect"),
         ({"quantizer": {"beam_width": 4}}, "quantizer: has no effect"),
         ({"resample": "reference"}, "resample: has no effect"),
+        ({"backbone": {"decoder": "none"}}, "nothing to decode with"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make_anchor: Make, changes: dict[str, Any], message: str) -> None:
