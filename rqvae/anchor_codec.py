@@ -51,24 +51,18 @@ class AnchorCodec(TokenCodec):
         # The first anchor at or after every place.
         next_level = is_anchor.long().cumsum(0) - is_anchor.long()
         self.register_buffer("next_level", next_level, persistent=False)
-        self.backbone = build_backbone(architecture, with_embeddings=True)
+        # Of unit scale and never tied to the head. Tied, at the usual 0.02: 2.05 nats per token instead of 1.74 after
+        # 400 steps of tiny (tokens given anchors, K=4, D=2). The last row is for an anchor that is not there.
+        self.code_embedding = nn.Embedding(self.absent + 1, architecture.hidden_size)
+        self.place_embedding = nn.Parameter(torch.randn(factor, architecture.hidden_size) * 0.02)
+        self.backbone = build_backbone(architecture, with_embeddings=False)
         self.head = LinearHead(architecture.hidden_size, architecture.vocab_size)
-        if architecture.tie_word_embeddings:
-            self.head.weight = self._embeddings.weight
-        # What stands at a place beside the anchor's embedding, and in place of an anchor that is not there.
-        scale = self.backbone.config.initializer_range
-        self.place_embedding = nn.Parameter(torch.randn(factor, architecture.hidden_size) * scale)
-        self.absent_token = nn.Parameter(torch.randn(architecture.hidden_size) * scale)
 
     is_anchor: Tensor
     next_level: Tensor
 
-    @property
-    def _embeddings(self) -> nn.Embedding:
-        return self.backbone.get_input_embeddings()  # type: ignore[return-value]
-
     def load_backbone(self, source: str) -> None:
-        """Initialise embeddings, backbone and head from a causal LM in Hugging Face layout.
+        """Initialise backbone and head from a causal LM in Hugging Face layout.
 
         Raises:
             ValueError: `backbone.decoder` asks for something else.
@@ -82,7 +76,8 @@ class AnchorCodec(TokenCodec):
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """What `load_backbone` fills and the frozen warm-up leaves alone; all else is new."""
         if self.config.backbone.decoder == "same":
-            yield from {id(p): p for part in (self.backbone, self.head) for p in part.parameters()}.values()
+            yield from self.backbone.parameters()
+            yield from self.head.parameters()
 
     def forward(
         self,
@@ -127,9 +122,7 @@ class AnchorCodec(TokenCodec):
         Returns:
             [B, S * K, H].
         """
-        embedded = self._embeddings(codes.clamp(max=self.absent - 1))
-        embedded = torch.where((codes == self.absent)[..., None], self.absent_token, embedded)
-        x = (embedded[:, :, self.next_level] + self.place_embedding).flatten(1, 2)
+        x = (self.code_embedding(codes[..., self.next_level]) + self.place_embedding).flatten(1, 2)
         return decode_with_backbone(self.backbone, x, documents, self.config.compression_factor, cache)
 
     def decode(self, codes: Tensor, document_ids: Tensor | None = None) -> Tensor:
