@@ -36,6 +36,9 @@ def test_every_shipped_config_loads_for_every_stage(path: Path, stage: Any) -> N
     if path.stem == "identity" and stage in ("rqvae", "joint"):
         assert "nothing to train" in mistakes(path, stage=stage)[0]
         return
+    if path.stem.startswith("anchor") and stage == "joint":
+        assert "certain codes" in mistakes(path, stage=stage)[0]
+        return
     config = load_config(path, stage=stage)
     assert config.stage == stage
     assert config.name == path.stem
