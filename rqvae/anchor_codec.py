@@ -7,19 +7,20 @@ stand, is conditional masked language modelling (Ghazvininejad 2019).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from rqvae.backbone import load_pretrained
-from rqvae.codec import most_likely
+from rqvae.codec import choose_tokens, most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import chunk_documents, token_documents
 from rqvae.latent_model import CodeEmbedding
 from rqvae.layers import HeadOutput
 from rqvae.rq_vae import RQVAEOutput
+from rqvae.sampling import ChooseTokens
 from rqvae.token_codec import TokenCodec
 
 
@@ -132,11 +133,14 @@ class AnchorCodec(TokenCodec):
         codes: Tensor,
         documents: Tensor,
         cache: DecoderCache,
-        choose: Callable[[Tensor], Tensor] = most_likely,
+        choose: ChooseTokens = most_likely,
+        num_known: int = 0,
     ) -> Tensor:
         """See `Codec.decode_block`. Without a token: anchors that say so, and what stands before the first anchor of
         a chunk that begins without one."""
         hidden = self.decoder.hidden_states(self.embed(codes), documents, cache)
+        hidden = hidden[:, num_known * self.config.compression_factor :]
+        codes = codes[:, num_known:]
         known = self._spread(codes)
         is_present = codes < self.absent
         # Padding on the left: absent anchors before a present one.
@@ -145,9 +149,10 @@ class AnchorCodec(TokenCodec):
             self._at_anchors(known) & (known == self.absent)
         )
         wanted = ~self._at_anchors(known) & ~is_hole
-        tokens = torch.where(is_hole, -1, known)
-        tokens[wanted] = choose(self.decoder.head(hidden[wanted]))
-        return tokens
+        tokens = torch.where(is_hole, -1, known).flatten()
+        places = wanted.flatten().nonzero().squeeze(1)
+        tokens[places] = choose_tokens(self.decoder.head, hidden.flatten(0, 1)[places], places, choose)
+        return tokens.view(known.shape)
 
     def _at_anchors(self, tokens: Tensor) -> Tensor:
         """BoolTensor [B, S * K]: the place of an anchor."""

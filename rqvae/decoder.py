@@ -29,7 +29,7 @@ class DecoderCache:
         self.documents = documents  # LongTensor [B, latents so far]
 
     def select(self, rows: Tensor) -> None:
-        """Go on from these rows: LongTensor [B], each named any number of times."""
+        """Go on from these rows: LongTensor [b], each named any number of times, or not at all."""
         self.refinement.select(rows)
         if self.backbone is not None:
             self.backbone.reorder_cache(rows)  # type: ignore[arg-type]

@@ -6,14 +6,13 @@ section 3.2. Same inputs, outputs and configuration as `RQTransformer` (the dept
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from rqvae.config import RQTransformerConfig
 from rqvae.latent_model import CodeEmbedding, CodeHeads, CodeSteps, LatentModel, shifted
 from rqvae.layers import LinearHead, TransformerBlock, causal_document_mask, positions_in_documents
+from rqvae.sampling import ChooseCodes
 
 
 class FlatTransformer(LatentModel):
@@ -92,12 +91,16 @@ class _FlatTransformerSteps(CodeSteps):
         # A step sees all there is, unless some rows begin with padding.
         self._documents = documents if bool((documents == 0).any()) else None
 
-    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
+        if num_levels not in (None, self._num_levels):
+            raise ValueError(
+                "num_levels: a FlatTransformer reads the codes of all levels; use an RQTransformer"
+            )
         codes: list[Tensor] = []
         for level in range(self._num_levels):
             if level:
                 self._step(codes[-1], level)
-            codes.append(choose(self._model.head(level)(self._hidden)))
+            codes.append(choose(self._model.head(level)(self._hidden), level))
         return torch.stack(codes, dim=1)
 
     def select(self, rows: Tensor) -> None:

@@ -6,7 +6,7 @@ Shapes: B batch, S latent positions, D levels, C codebook size, K tokens per lat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -17,6 +17,7 @@ from rqvae import persistence
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
 from rqvae.layers import HeadOutput, LinearHead
+from rqvae.sampling import ChooseCodes
 
 
 class RQTransformerOutput(NamedTuple):
@@ -96,14 +97,18 @@ class CodeSteps(ABC):
     """Codes of a batch of sequences, drawn position by position with caches."""
 
     @abstractmethod
-    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """The D codes of the next position, level by level.
+    def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
+        """The codes of the next position, level by level.
 
         Args:
-            choose: logits [B, C] of a level -> its codes, LongTensor [B].
+            choose: takes the codes of a level from its logits.
+            num_levels: draw the first levels only; by default all D.
 
         Returns:
-            LongTensor [B, D].
+            LongTensor [B, num_levels].
+
+        Raises:
+            ValueError: `num_levels` of a model that cannot go on from some of the levels.
         """
 
     @abstractmethod
@@ -111,14 +116,14 @@ class CodeSteps(ABC):
         """Make what was drawn part of the context.
 
         Args:
-            codes: LongTensor [B, D].
+            codes: LongTensor [B, num_levels], as drawn.
             input_ids: LongTensor [B, K], what they decode to; for a model that reads tokens.
             is_token: BoolTensor [B, K], False at places that hold none; by default all hold one.
         """
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Go on from the contexts of these rows: LongTensor [B], each named any number of times.
+        """Go on from the contexts of these rows: LongTensor [b], each named any number of times, or not at all.
 
         To be called between `draw` and `append`.
         """

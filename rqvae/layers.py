@@ -97,7 +97,7 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Go on from these rows: LongTensor [B], each named any number of times."""
+        """Go on from these rows: LongTensor [b], each named any number of times, or not at all."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
@@ -114,7 +114,7 @@ class TransformerCache:
         self.length = 0
 
     def select(self, rows: Tensor) -> None:
-        """Go on from these rows: LongTensor [B], each named any number of times."""
+        """Go on from these rows: LongTensor [b], each named any number of times, or not at all."""
         for layer in self.layers:
             layer.select(rows)
 
@@ -373,6 +373,11 @@ class LinearHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=0.02)
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of logits formed at a time."""
+        return max(16, self.BLOCK_ELEMENTS // self.weight.shape[0])
+
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor | HeadOutput:
@@ -390,14 +395,13 @@ class LinearHead(nn.Module):
             return F.linear(hidden, self.weight)
         if weights is None:
             weights = torch.ones_like(labels, dtype=torch.float32)
-        block_rows = max(16, self.BLOCK_ELEMENTS // self.weight.shape[0])
         return HeadOutput(
             *_LinearCrossEntropy.apply(
                 hidden.reshape(-1, hidden.shape[-1]),
                 self.weight,
                 labels.reshape(-1),
                 weights.reshape(-1),
-                block_rows,
+                self.block_rows,
                 torch.is_grad_enabled(),
             )
         )

@@ -8,7 +8,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from rqvae.layers import (
     causal_document_mask,
     positions_in_documents,
 )
+from rqvae.sampling import ChooseCodes
 
 
 class BackboneBlock(nn.Module):
@@ -190,19 +191,19 @@ class DepthTransformer(nn.Module):
         x = torch.cat([x[:, :1], x[:, 1:] + prefix], dim=1)
         return self.block(x, positions=None)
 
-    def draw(self, context: Tensor, cache: TransformerCache, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """The D codes of one position: [B, E] -> LongTensor [B, D]; `choose` as in `CodeSteps.draw`."""
+    def draw(self, context: Tensor, cache: TransformerCache, choose: ChooseCodes, num_levels: int) -> Tensor:
+        """The first codes of one position: [B, E] -> LongTensor [B, num_levels]; `choose` as in `CodeSteps.draw`."""
         cache.reset()
         # One row per level, so that the loop below has nothing to slice or reshape.
         inputs = (self.from_context(context)[:, None] + self.level_positions).split(1, dim=1)
         prefix: Tensor | None = None
         codes: list[Tensor] = []
-        for level, x in enumerate(inputs):
+        for level, x in enumerate(inputs[:num_levels]):
             if level:
                 embedded = self.embedding.level(codes[-1], level - 1)[:, None]
                 prefix = prefix + embedded if prefix is not None and self.adds_up else embedded
                 x = x + prefix
-            codes.append(choose(self.heads.of_level(level)(self.block(x, None, None, cache)[:, 0])))
+            codes.append(choose(self.heads.of_level(level)(self.block(x, None, None, cache)[:, 0]), level))
         return torch.stack(codes, dim=1)
 
     def new_cache(self, batch_size: int) -> TransformerCache:
@@ -279,10 +280,14 @@ class _RQTransformerSteps(CodeSteps):
         # A step sees all there is, unless some rows begin with padding.
         self._documents = documents if bool((documents == 0).any()) else None
 
-    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._depth.draw(self._context, self._depth_cache, choose)
+    def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
+        return self._depth.draw(
+            self._context, self._depth_cache, choose, num_levels or self._depth.num_levels
+        )
 
     def select(self, rows: Tensor) -> None:
+        if len(rows) != len(self._position):
+            self._depth_cache = self._depth.new_cache(len(rows))
         if isinstance(self._cache, TransformerCache):
             self._cache.select(rows)
         else:
