@@ -73,7 +73,7 @@ def check_length(options: GenerationOptions, longest: int, codec: Codec, latent_
     for name, limit in limits:
         if num_tokens > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={options.max_new_tokens} need more than the {limit} "
-                f"tokens which {name} has positions for (max_position_embeddings); shorten the prompt, or lower "
+                f"a prompt of {longest} tokens and max_new_tokens={options.max_new_tokens} need more than {limit} "
+                f"tokens, for which {name} has positions for (max_position_embeddings); shorten the prompt, or lower "
                 "max_new_tokens"
             )
