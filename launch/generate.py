@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             num_levels=args.num_levels,
             best_of=args.best_of,
         )
-        generator = load_generator(args.model, args.precision, args.int8)
+        generator = load_generator(args.model, args.precision, args.int8, args.compile)
         for line in _notes(args, generator):
             print(line, file=sys.stderr)
         work = _stream if args.stream else _generate
@@ -105,6 +105,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     work.add_argument("--num-levels", type=int, help="leading levels drawn of every latent: faster, coarser")
     work.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     work.add_argument("--int8", action="store_true", help="weights in 8 bits (pip install torchao)")
+    work.add_argument(
+        "--compile",
+        action="store_true",
+        help="one launch per level of the depth loop: a CUDA graph, or on a CPU torch.compile, which takes a while",
+    )
     args = parser.parse_args(arguments)
     lines = args.prompts.read().splitlines() if args.prompts else []
     args.prompts = [*(args.prompt or []), *lines]

@@ -17,12 +17,15 @@ from rqvae.layers import LinearHead
 Precision = Literal["fp32", "bf16"]
 
 
-def load_generator(directory: Path, precision: Precision = "fp32", int8: bool = False) -> LatentGenerator:
+def load_generator(
+    directory: Path, precision: Precision = "fp32", int8: bool = False, compile: bool = False
+) -> LatentGenerator:
     """The codec, latent model and tokenizer of an exported model, on the GPU where there is one.
 
     Args:
         precision: of weights and arithmetic; codebooks stay fp32.
         int8: keep the weights of linear layers in 8 bits, by output channel, through torchao.
+        compile: see `LatentGenerator`.
 
     Raises:
         ValueError: a part is missing, they do not belong together, or torchao is not installed.
@@ -33,7 +36,8 @@ def load_generator(directory: Path, precision: Precision = "fp32", int8: bool = 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, latent_model = load_codec(directory / "rqvae"), load_latent_model(directory / "rq_transformer")
     # It compares the codec with the codes' hash, so weights change afterwards.
-    generator = LatentGenerator(codec, latent_model, AutoTokenizer.from_pretrained(directory / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    generator = LatentGenerator(codec, latent_model, tokenizer, compile)
     for model in (codec, latent_model):
         model.to(device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         if int8:

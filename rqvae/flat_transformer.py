@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.config import RQTransformerConfig
-from rqvae.latent_model import CodeEmbedding, CodeHeads, CodeSteps, LatentModel, shifted
+from rqvae.latent_model import (
+    CodeEmbedding,
+    CodeHeads,
+    CodeSteps,
+    LatentModel,
+    shifted,
+    visible_positions,
+)
 from rqvae.layers import LinearHead, TransformerBlock, causal_document_mask, positions_in_documents
 from rqvae.sampling import ChooseCodes
 
@@ -88,8 +95,8 @@ class _FlatTransformerSteps(CodeSteps):
         )
         self._hidden = hidden[:, -1]
         self._position = documents.sum(1, keepdim=True)
-        # A step sees all there is, unless some rows begin with padding.
-        self._documents = documents if bool((documents == 0).any()) else None
+        self._visible = visible_positions(documents, self._cache.max_length)
+        self._length = documents.shape[1]
 
     def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
         if num_levels not in (None, self._num_levels):
@@ -106,18 +113,16 @@ class _FlatTransformerSteps(CodeSteps):
     def select(self, rows: Tensor) -> None:
         self._cache.select(rows)
         self._position = self._position[rows]
-        if self._documents is not None:
-            self._documents = self._documents[rows]
+        if self._visible is not None:
+            self._visible = self._visible[rows]
 
     def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         self._step(codes[:, -1], 0)
 
     def _step(self, previous: Tensor, level: int) -> None:
         """Read the code before one of `level`."""
-        mask = None
-        if self._documents is not None:
-            self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
-            mask = causal_document_mask(self._documents[:, -1:], self._documents)
+        self._length += 1
+        mask = None if self._visible is None else self._visible[..., : self._length]
         x = self._model.embedding.level(previous, (level - 1) % self._num_levels)
         x = (x + self._model.level_positions[level])[:, None]
         self._hidden = self._model.block(x, self._position, mask, self._cache)[:, -1]

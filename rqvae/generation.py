@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rqvae.codec import Codec
 from rqvae.generated_row import GeneratedRow
-from rqvae.generation_checks import check_length, check_options, check_pair
+from rqvae.generation_checks import check_length, check_options, check_pair, compile_depth_loop
 from rqvae.generation_loop import Block, GenerationLoop, StopWatch, Timing
 from rqvae.generation_options import DECODE_BLOCK, GenerationOptions
 from rqvae.latent_model import LatentModel
@@ -58,17 +58,30 @@ class LatentGenerator:
     A latent model that reads tokens is fed those decoded from its codes, so that every latent is decoded before
     the next one is drawn. It cannot decode deferred, many latents at a time: its speed is the streaming speed.
 
+    Args:
+        compile: run the depth transformer's step as one launch (`depth_step.py`). On a CPU the first text waits for
+            the compiler, as does the first with another number of rows.
+
     Raises:
-        ValueError: the latent model was trained on the codes of another codec, or the codec sees the future.
+        ValueError: the latent model was trained on the codes of another codec, the codec sees the future, or there is
+            nothing to compile, or nothing to compile it with.
     """
 
-    def __init__(self, vae: Codec, rq_transformer: LatentModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        vae: Codec,
+        rq_transformer: LatentModel,
+        tokenizer: PreTrainedTokenizerBase,
+        compile: bool = False,
+    ):
         if vae.config.sees_future:
             raise ValueError(
                 f"codes made with resample: {vae.config.resample} depend on the text after them, so they cannot be "
                 "generated in order; train a codec with resample: chunked"
             )
         check_pair(vae, rq_transformer)
+        if compile:
+            compile_depth_loop(rq_transformer)
         self.vae = vae.eval()
         self.rq_transformer = rq_transformer.eval()
         self.tokenizer = tokenizer

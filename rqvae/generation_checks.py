@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 
 from rqvae.codec import Codec
 from rqvae.flat_transformer import FlatTransformer
 from rqvae.generation_options import GenerationOptions
 from rqvae.latent_model import LatentModel
+from rqvae.rq_transformer import RQTransformer
 from rqvae.token_codec import TokenCodec
 
 
@@ -23,6 +26,23 @@ def check_pair(codec: Codec, latent_model: LatentModel) -> None:
             f"the latent model was trained on codes of codec {expected[:12]}, this codec is "
             f"{actual[:12]}; train it on codes from this codec (launch/precompute_codes.py)"
         )
+
+
+def compile_depth_loop(latent_model: LatentModel) -> None:
+    """Have the depth loop compiled.
+
+    Raises:
+        ValueError: the model has none, or on a CPU there is no compiler.
+    """
+    if not isinstance(latent_model, RQTransformer):
+        raise ValueError("compile: a FlatTransformer has no depth loop; leave compile off")
+    compiler = os.environ.get("CXX", "g++")
+    if latent_model.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile: torch.compile needs a C++ compiler, and there is no '{compiler}'; install g++, name another in "
+            "CXX, or leave compile off"
+        )
+    latent_model.depth.is_compiled = True
 
 
 def check_options(options: GenerationOptions, codec: Codec, latent_model: LatentModel) -> None:

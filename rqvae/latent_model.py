@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rqvae import persistence
@@ -91,6 +92,21 @@ def shifted(embedded: Tensor, start: Tensor, document_ids: Tensor) -> Tensor:
     batch, length = document_ids.shape
     previous = torch.cat([start.expand(batch, 1, -1), embedded[:, : length - 1]], dim=1)
     return torch.where(inside_documents(document_ids)[..., None], previous, start)
+
+
+def visible_positions(documents: Tensor, max_length: int) -> Tensor | None:
+    """Which positions a step of generation sees, those to come included.
+
+    Args:
+        documents: LongTensor [B, N], 0 at the padding that some rows begin with.
+        max_length: as many positions as there will be.
+
+    Returns:
+        BoolTensor [B, 1, 1, max_length] to take the front of, or None where all see everything.
+    """
+    if not bool((documents == 0).any()):
+        return None
+    return F.pad(documents > 0, (0, max_length - documents.shape[1]), value=True)[:, None, None]
 
 
 class CodeSteps(ABC):

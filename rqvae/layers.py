@@ -102,11 +102,18 @@ class LayerCache:
 
 
 class TransformerCache:
-    """State of a `TransformerBlock` between calls: one `LayerCache` per layer, and how much is filled."""
+    """State of a `TransformerBlock` between calls: one `LayerCache` per layer, and how much is filled.
 
-    def __init__(self, layers: list[LayerCache], max_length: int):
+    Args:
+        rotary: cos and sin by position, each [max_length, F]; None for a block without.
+    """
+
+    def __init__(
+        self, layers: list[LayerCache], max_length: int, rotary: tuple[Tensor, Tensor] | None = None
+    ):
         self.layers = layers
         self.max_length = max_length
+        self.rotary = rotary
         self.length = 0
 
     def reset(self) -> None:
@@ -243,7 +250,11 @@ class TransformerBlock(nn.Module):
             LayerCache(batch_size, self.num_heads, max_length, self.head_dim, like)
             for _ in range(len(self.layers))
         ]
-        return TransformerCache(layers, max_length)
+        rotary = None
+        if self.rotary is not None:
+            cos, sin = self.rotary(torch.arange(max_length, device=like.device)[None], like.dtype)
+            rotary = (cos[0, 0], sin[0, 0])
+        return TransformerCache(layers, max_length, rotary)
 
     def forward(
         self,
@@ -267,7 +278,12 @@ class TransformerBlock(nn.Module):
             ValueError: several positions at once are appended to a filled cache without a mask, or the
                 cache is full.
         """
-        rotary = None if self.rotary is None else self.rotary(positions, x_BNE.dtype)
+        rotary = None
+        if self.rotary is not None and (cache is None or cache.rotary is None):
+            rotary = self.rotary(positions, x_BNE.dtype)
+        elif cache is not None and cache.rotary is not None:
+            cos, sin = cache.rotary
+            rotary = (cos[positions][:, None], sin[positions][:, None])
         start = cache.length if cache is not None else 0
         if cache is not None:
             if start and mask is None and x_BNE.shape[1] > 1:
