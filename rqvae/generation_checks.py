@@ -39,7 +39,7 @@ def compile_depth_loop(latent_model: LatentModel) -> None:
     compiler = os.environ.get("CXX", "g++")
     if latent_model.device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(
-            f"compile: torch.compile needs a C++ compiler, and there is no '{compiler}'; install g++, name another in "
+            f"compile: torch.compile needs a C++ compiler, and there is no '{compiler}'; install g++, name one in "
             "CXX, or leave compile off"
         )
     latent_model.depth.is_compiled = True
