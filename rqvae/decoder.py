@@ -73,7 +73,7 @@ class TextDecoder(nn.Module):
 
     def new_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
         """Empty cache for decoding block by block."""
-        like = self.from_codebook.weight
+        like = self.from_codebook.bias  # the weight may be in 8 bits
         return DecoderCache(
             self.refinement.new_cache(batch_size, max_latents, like),
             None
