@@ -22,7 +22,10 @@ class DepthStep:
 
     def __init__(self, block: TransformerBlock, batch_size: int, num_levels: int, like: Tensor):
         self._block = block
-        self._cache = block.new_cache(batch_size, num_levels, like)
+        layers: list[LayerCache] = [
+            _LevelCache(batch_size, block.num_heads, num_levels, block.head_dim, like) for _ in block.layers
+        ]
+        self._cache = TransformerCache(layers, num_levels)
 
     def begin(self) -> None:
         """The next call is for the first level of a position."""
@@ -86,6 +89,22 @@ class CompiledDepthStep(DepthStep):
         with torch.cuda.graph(graph):
             self._hidden = self._run(self._x)
         return graph
+
+
+class _LevelCache(LayerCache):
+    """One position at a time; the views of the buffers are made once, as the same ones serve every latent."""
+
+    def __init__(self, batch_size: int, num_heads: int, max_length: int, head_dim: int, like: Tensor):
+        super().__init__(batch_size, num_heads, max_length, head_dim, like)
+        levels = range(max_length)
+        self._slots = [(self.keys[:, :, i : i + 1], self.values[:, :, i : i + 1]) for i in levels]
+        self._seen = [(self.keys[:, :, : i + 1], self.values[:, :, : i + 1]) for i in levels]
+
+    def append(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        slot_keys, slot_values = self._slots[start]
+        slot_keys.copy_(keys)
+        slot_values.copy_(values)
+        return self._seen[start]
 
 
 class _SlotCache(LayerCache):

@@ -319,6 +319,7 @@ def test_what_the_models_cannot_do_is_an_error(make_generator: Make, rq: LatentG
         rq.generate(["w5"], top_q=1)
 
 
+@pytest.mark.slow
 def test_a_compiled_depth_loop_gives_the_same(
     make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
