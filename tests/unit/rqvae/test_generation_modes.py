@@ -319,27 +319,37 @@ def test_what_the_models_cannot_do_is_an_error(make_generator: Make, rq: LatentG
         rq.generate(["w5"], top_q=1)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),  # the compiler takes a minute
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
 def test_a_compiled_depth_loop_gives_the_same(
-    make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+    make_codec: Make,
+    make_latent_model: Make,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    device: str,
 ) -> None:
-    generators = [
-        LatentGenerator(
-            make_codec(torch.float32),
-            make_latent_model(dtype=torch.float32, depth_layers=1),
-            tokenizer,
-            compile,
+    results = []
+    for compile in (False, True):
+        codec, model = make_codec(torch.float32), make_latent_model(dtype=torch.float32, depth_layers=1)
+        generator = LatentGenerator(codec.to(device), model.to(device), tokenizer, compile)
+        results.append(
+            [
+                generator.generate_tokens(prompts, 20, temperature, stop_at_end_of_text=False)
+                for temperature in (0.0, 1.0)
+            ]
         )
-        for compile in (False, True)
-    ]
-    eager, compiled = (
-        [
-            generator.generate_tokens(prompts, 20, temperature, stop_at_end_of_text=False)
-            for temperature in (0.0, 1.0)
-        ]
-        for generator in generators
-    )
-    for expected, out in zip(eager, compiled, strict=True):
+    for expected, out in zip(*results, strict=True):
         assert torch.equal(out.codes, expected.codes)
         assert out.token_ids == expected.token_ids
 
