@@ -107,7 +107,7 @@ class LatentGenerator:
             ValueError: the options do not fit each other, or the models.
         """
         options = GenerationOptions(max_new_tokens, temperature, seed, **settings)
-        rows, _ = self._generate(self._token_ids(prompts), options, is_timed=False)
+        rows, _, _ = self._generate(self._token_ids(prompts), options, is_timed=False)
         for row in rows:
             row.end()
         return [row.text() for row in rows]
@@ -147,14 +147,14 @@ class LatentGenerator:
         options = GenerationOptions(
             max_new_tokens, temperature, seed, stop_at_end_of_text=stop_at_end_of_text, **settings
         )
-        rows, (codes, timing) = self._generate(prompt_ids, options, is_timed=True)
+        rows, codes, timing = self._generate(prompt_ids, options, is_timed=True)
         return Generation([row.ids for row in rows], codes, timing)
 
     # Work ----------------------------------------------------------------------------------------------
 
     def _generate(
         self, prompt_ids: list[list[int]], options: GenerationOptions, is_timed: bool
-    ) -> tuple[list[GeneratedRow], tuple[Tensor, Timing]]:
+    ) -> tuple[list[GeneratedRow], Tensor, Timing]:
         watch = StopWatch(self._device, is_timed)
         candidates = options.best_of
         loop, sampler = self._loop(prompt_ids, options, watch)
@@ -178,7 +178,7 @@ class LatentGenerator:
                 for start in range(0, len(rows), candidates)
             ]
             rows, codes = [rows[index] for index in best], codes[best]
-        return rows, (codes, watch.timing())
+        return rows, codes, watch.timing()
 
     def _pieces(self, loop: GenerationLoop, rows: list[GeneratedRow]) -> Iterator[Piece]:
         for block in loop.blocks():
