@@ -44,13 +44,14 @@ class _BufferedLayer(DynamicLayer):
             raise ValueError(f"the cache holds {self._max_length} positions, {end} needed")
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
-        self._show(end)
-        return self.keys, self.values
+        return self._show(end)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             self._buffers = [buffer[beam_idx] for buffer in self._buffers]
             self._show(self.get_seq_length())
 
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values

@@ -278,12 +278,6 @@ class TransformerBlock(nn.Module):
             ValueError: several positions at once are appended to a filled cache without a mask, or the
                 cache is full.
         """
-        rotary = None
-        if self.rotary is not None and (cache is None or cache.rotary is None):
-            rotary = self.rotary(positions, x_BNE.dtype)
-        elif cache is not None and cache.rotary is not None:
-            cos, sin = cache.rotary
-            rotary = (cos[positions][:, None], sin[positions][:, None])
         start = cache.length if cache is not None else 0
         if cache is not None:
             if start and mask is None and x_BNE.shape[1] > 1:
@@ -292,6 +286,12 @@ class TransformerBlock(nn.Module):
                 raise ValueError(
                     f"the cache holds {cache.max_length} positions, {start + x_BNE.shape[1]} needed"
                 )
+        rotary = None
+        if self.rotary is not None and (cache is None or cache.rotary is None):
+            rotary = self.rotary(positions, x_BNE.dtype)
+        elif cache is not None and cache.rotary is not None:
+            cos, sin = cache.rotary
+            rotary = (cos[positions][:, None], sin[positions][:, None])
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x_BNE = torch.utils.checkpoint.checkpoint(layer, x_BNE, rotary, mask, use_reentrant=False)
