@@ -263,6 +263,8 @@ class LatentGenerator:
         return self.rq_transformer.device
 
     def _token_ids(self, prompts: list[str]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts: give a list of texts, not one text")
         return [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -315,6 +315,8 @@ def test_what_the_models_cannot_do_is_an_error(make_generator: Make, rq: LatentG
             rq.stream(["w5"], **settings)
     with pytest.raises(ValueError, match="at least one prompt"):
         rq.stream([])
+    with pytest.raises(ValueError, match="give a list of texts, not one text"):
+        rq.stream("w5 w6")
     with pytest.raises(TypeError, match="top_q"):
         rq.generate(["w5"], top_q=1)
 
