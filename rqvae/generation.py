@@ -262,7 +262,7 @@ class LatentGenerator:
     def _device(self) -> torch.device:
         return self.rq_transformer.device
 
-    def _token_ids(self, prompts: list[str]) -> list[list[int]]:
+    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts: give a list of texts, not one text")
         return [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
