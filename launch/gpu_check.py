@@ -77,7 +77,18 @@ ROWS = (
     Row("ZeRO++ hpZ", train("train.zero_hpz_partition_size=2", gpus=2), 2),
     Row("ZeRO++ quantized weights", train("train.zero_quantized_weights=true", gpus=2), 2),
     Row("ZeRO++ quantized gradients", train("train.zero_quantized_gradients=true", gpus=2), 2),
-    Row("CUDA graphs in decoding", None),
+    Row(
+        "CUDA graphs in decoding",
+        lambda _: [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "tests/unit/rqvae/test_generation_modes.py",
+        ],
+    ),
     Row("Unsloth on a GPU", None),
 )
 

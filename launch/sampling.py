@@ -10,13 +10,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from launch.ranks import Ranks
 from launch.scored_models import Models, Pair
 from rqvae import BaseLM, LatentGenerator
-from rqvae.generation import sample
+from rqvae.generation_options import DrawSettings
+from rqvae.sampling import draw, keyed_numbers
 
 BATCH = 32
-"""Sequences drawn together: fixed, as draws depend on what else is in the batch."""
+"""Sequences drawn together."""
 
-Sampler = Callable[[list[list[int]], int, int], list[list[int]]]
-"""(contexts, number of new tokens, seed) -> new tokens at temperature 1, past any end of text."""
+Sampler = Callable[[list[list[int]], list[int], int, int], list[list[int]]]
+"""(contexts, their keys, number of new tokens, seed) -> new tokens at temperature 1, past any end of text. What is
+drawn for a context is a function of the seed and its key, whatever else is in the batch."""
 
 
 def samplers(models: Models, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sampler]:
@@ -24,7 +26,9 @@ def samplers(models: Models, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sa
     found: dict[str, Sampler] = {}
     if models.base_lm is not None:
         base_lm = models.base_lm
-        found["base_lm"] = lambda contexts, count, seed: continue_with_base_lm(base_lm, contexts, count, seed)
+        found["base_lm"] = lambda contexts, keys, count, seed: continue_with_base_lm(
+            base_lm, contexts, count, seed, keys=keys
+        )
     for name, pair in (("latent", models.pair), ("identity_codec", models.identity)):
         if pair is not None and not pair.codec.config.sees_future:
             found[name] = _latent_sampler(pair, tokenizer)
@@ -34,10 +38,12 @@ def samplers(models: Models, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sa
 def _latent_sampler(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     generator = LatentGenerator(*pair, tokenizer)
 
-    def draw(contexts: list[list[int]], count: int, seed: int) -> list[list[int]]:
-        return generator.generate_tokens(contexts, count, 1.0, seed, stop_at_end_of_text=False).token_ids
+    def continued(contexts: list[list[int]], keys: list[int], count: int, seed: int) -> list[list[int]]:
+        return generator.generate_tokens(
+            contexts, count, 1.0, seed, stop_at_end_of_text=False, row_keys=keys
+        ).token_ids
 
-    return draw
+    return continued
 
 
 def continue_all(
@@ -49,17 +55,26 @@ def continue_all(
     starts = range(0, len(order), BATCH)
     mine: list[list[int]] = []
     for index in ranks.share(len(starts)):
-        part = [contexts[i] for i in order[starts[index] : starts[index] + BATCH]]
-        mine += sampler(part, count, seed + index)
+        part = order[starts[index] : starts[index] + BATCH]
+        mine += sampler([contexts[i] for i in part], part, count, seed)
     drawn = dict(zip(order, ranks.gather_lists(mine), strict=True))
     return [drawn[i] for i in range(len(order))]
 
 
 @torch.inference_mode()
 def continue_with_base_lm(
-    base_lm: BaseLM, contexts: list[list[int]], count: int, seed: int, temperature: float = 1.0
+    base_lm: BaseLM,
+    contexts: list[list[int]],
+    count: int,
+    seed: int,
+    temperature: float = 1.0,
+    keys: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Draw `count` tokens behind each context; every text starts from the end-of-text token, as in training."""
+    """Draw `count` tokens behind each context; every text starts from the end-of-text token, as in training.
+
+    Args:
+        keys: what the draws of every context are keyed by beside the seed; by default its index.
+    """
     device = base_lm.lm.device
     longest = 1 + max(map(len, contexts))
     ids = torch.full((len(contexts), longest), base_lm.eos_token_id, dtype=torch.long)
@@ -69,11 +84,13 @@ def continue_with_base_lm(
         ids[row, start:] = torch.tensor(context, dtype=torch.long)
         mask[row, start - 1 :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    of_rows = torch.tensor(list(keys or range(len(contexts))), device=device)
+    numbers = keyed_numbers(seed, of_rows, count, 1)[..., 0]
+    settings = DrawSettings(temperature)
     cache = DynamicCache(config=base_lm.lm.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     drawn = []
-    for _ in range(count):
+    for index in range(count):
         hidden = base_lm.lm.model(
             input_ids=ids,
             attention_mask=mask,
@@ -81,7 +98,7 @@ def continue_with_base_lm(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        ids = sample(base_lm.lm.lm_head(hidden[:, -1]), temperature, generator)[:, None]
+        ids = draw(base_lm.lm.lm_head(hidden[:, -1]), numbers[:, index], settings)[:, None]
         drawn.append(ids)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         positions = positions[:, -1:] + 1

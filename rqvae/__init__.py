@@ -13,6 +13,7 @@ _HOME = {
     "BaseLM": "backbone",
     "DepthTransformer": "rq_transformer",
     "FlatTransformer": "flat_transformer",
+    "GenerationOptions": "generation_options",
     "IdentityCodec": "identity_codec",
     "LatentGenerator": "generation",
     "LatentModel": "latent_model",

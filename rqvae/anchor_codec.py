@@ -7,19 +7,20 @@ language modelling (Ghazvininejad 2019), here chunk by chunk so that text can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from rqvae.backbone import build_backbone, load_pretrained
-from rqvae.codec import most_likely
+from rqvae.backbone_cache import new_backbone_cache
+from rqvae.codec import choose_tokens, most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, decode_with_backbone
 from rqvae.encoder import chunk_documents, token_documents
 from rqvae.layers import HeadOutput, LinearHead
 from rqvae.rq_vae import RQVAEOutput
+from rqvae.sampling import ChooseTokens
 from rqvae.token_codec import TokenCodec
 
 
@@ -142,8 +143,9 @@ class AnchorCodec(TokenCodec):
 
     def new_decoder_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
         """Empty cache for `decode_block`."""
-        nothing = torch.zeros(batch_size, 0, dtype=torch.long, device=self.head.weight.device)
-        return DecoderCache(None, DynamicCache(config=self.backbone.config), nothing)
+        nothing = torch.zeros(batch_size, 0, dtype=torch.long, device=self.place_embedding.device)
+        cache = new_backbone_cache(self.backbone.config, max_latents * self.config.compression_factor)
+        return DecoderCache(None, cache, nothing)
 
     @torch.inference_mode()
     def decode_block(
@@ -151,11 +153,14 @@ class AnchorCodec(TokenCodec):
         codes: Tensor,
         documents: Tensor,
         cache: DecoderCache,
-        choose: Callable[[Tensor], Tensor] = most_likely,
+        choose: ChooseTokens = most_likely,
+        num_known: int = 0,
     ) -> Tensor:
         """See `Codec.decode_block`. Without a token: anchors that say so, and what stands before the first anchor of
         a chunk that begins without one."""
         hidden = self.hidden_states(codes, documents, cache)
+        hidden = hidden[:, num_known * self.config.compression_factor :]
+        codes = codes[:, num_known:]
         known = self._spread(codes)
         is_present = codes < self.absent
         # Padding on the left: absent anchors before a present one.
@@ -164,9 +169,10 @@ class AnchorCodec(TokenCodec):
             self._at_anchors(known) & (known == self.absent)
         )
         wanted = ~self._at_anchors(known) & ~is_hole
-        tokens = torch.where(is_hole, -1, known)
-        tokens[wanted] = choose(self.head(hidden[wanted]))
-        return tokens
+        tokens = torch.where(is_hole, -1, known).flatten()
+        places = wanted.flatten().nonzero().squeeze(1)
+        tokens[places] = choose_tokens(self.head, hidden.flatten(0, 1)[places], places, choose)
+        return tokens.view(known.shape)
 
     def _at_anchors(self, tokens: Tensor) -> Tensor:
         """BoolTensor [B, S * K]: the place of an anchor."""

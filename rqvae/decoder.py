@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from rqvae.backbone import build_backbone
+from rqvae.backbone_cache import new_backbone_cache
 from rqvae.config import RQVAEConfig
 from rqvae.layers import (
     HeadOutput,
@@ -23,13 +24,13 @@ from rqvae.resample import ReferenceUpsample, Upsample
 class DecoderCache:
     """What the decoder keeps between blocks of latents when text is decoded as it is generated."""
 
-    def __init__(self, refinement: TransformerCache | None, backbone: DynamicCache | None, documents: Tensor):
+    def __init__(self, refinement: TransformerCache | None, backbone: Cache | None, documents: Tensor):
         self.refinement = refinement
         self.backbone = backbone
         self.documents = documents  # LongTensor [B, latents so far]
 
     def select(self, rows: Tensor) -> None:
-        """Go on from these rows: LongTensor [B], each named any number of times."""
+        """Go on from these rows: LongTensor [b], each named any number of times, or not at all."""
         if self.refinement is not None:
             self.refinement.select(rows)
         if self.backbone is not None:
@@ -99,10 +100,12 @@ class TextDecoder(nn.Module):
 
     def new_cache(self, batch_size: int, max_latents: int) -> DecoderCache:
         """Empty cache for decoding block by block."""
-        like = self.from_codebook.weight
+        like = self.from_codebook.bias  # the weight may be in 8 bits
         return DecoderCache(
             self.refinement.new_cache(batch_size, max_latents, like),
-            None if self.backbone is None else DynamicCache(config=self.backbone.config),
+            None
+            if self.backbone is None
+            else new_backbone_cache(self.backbone.config, max_latents * self.compression_factor),
             torch.zeros(batch_size, 0, dtype=torch.long, device=like.device),
         )
 

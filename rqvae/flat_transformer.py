@@ -6,14 +6,20 @@ section 3.2. Same inputs, outputs and configuration as `RQTransformer` (the dept
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from rqvae.config import RQTransformerConfig
-from rqvae.latent_model import CodeEmbedding, CodeHeads, CodeSteps, LatentModel, shifted
+from rqvae.latent_model import (
+    CodeEmbedding,
+    CodeHeads,
+    CodeSteps,
+    LatentModel,
+    shifted,
+    visible_positions,
+)
 from rqvae.layers import LinearHead, TransformerBlock, causal_document_mask, positions_in_documents
+from rqvae.sampling import ChooseCodes
 
 
 class FlatTransformer(LatentModel):
@@ -89,32 +95,34 @@ class _FlatTransformerSteps(CodeSteps):
         )
         self._hidden = hidden[:, -1]
         self._position = documents.sum(1, keepdim=True)
-        # A step sees all there is, unless some rows begin with padding.
-        self._documents = documents if bool((documents == 0).any()) else None
+        self._visible = visible_positions(documents, self._cache.max_length)
+        self._length = documents.shape[1]
 
-    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
+        if num_levels not in (None, self._num_levels):
+            raise ValueError(
+                "num_levels: a FlatTransformer reads the codes of all levels; use an RQTransformer"
+            )
         codes: list[Tensor] = []
         for level in range(self._num_levels):
             if level:
                 self._step(codes[-1], level)
-            codes.append(choose(self._model.head(level)(self._hidden)))
+            codes.append(choose(self._model.head(level)(self._hidden), level))
         return torch.stack(codes, dim=1)
 
     def select(self, rows: Tensor) -> None:
         self._cache.select(rows)
         self._position = self._position[rows]
-        if self._documents is not None:
-            self._documents = self._documents[rows]
+        if self._visible is not None:
+            self._visible = self._visible[rows]
 
     def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
         self._step(codes[:, -1], 0)
 
     def _step(self, previous: Tensor, level: int) -> None:
         """Read the code before one of `level`."""
-        mask = None
-        if self._documents is not None:
-            self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
-            mask = causal_document_mask(self._documents[:, -1:], self._documents)
+        self._length += 1
+        mask = None if self._visible is None else self._visible[..., : self._length]
         x = self._model.embedding.level(previous, (level - 1) % self._num_levels)
         x = (x + self._model.level_positions[level])[:, None]
         self._hidden = self._model.block(x, self._position, mask, self._cache)[:, -1]

@@ -7,7 +7,6 @@ just: the codes also say where a document begins on the chunk grid and which pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from rqvae.codec import most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.encoder import token_documents
 from rqvae.rq_vae import RQVAEOutput
+from rqvae.sampling import ChooseTokens
 from rqvae.token_codec import TokenCodec
 
 
@@ -82,8 +82,9 @@ class IdentityCodec(TokenCodec):
         codes: Tensor,
         documents: Tensor,
         cache: Any,
-        choose: Callable[[Tensor], Tensor] = most_likely,
+        choose: ChooseTokens = most_likely,
+        num_known: int = 0,
     ) -> Tensor:
-        """Tokens of further latents: LongTensor [B, S, K] -> [B, S * K]; -1 where there is no token."""
-        tokens = codes.flatten(1)
+        """See `Codec.decode_block`; no token is left open, and -1 is none."""
+        tokens = codes[:, num_known:].flatten(1)
         return torch.where(tokens < self.absent, tokens, -1)

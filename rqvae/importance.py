@@ -156,10 +156,9 @@ class _Particles:
         shares = [q[:, 0].gather(1, codes[:, i, None])[:, 0] for i, q in enumerate(assignments)]
         log_q = torch.stack(shares).double().log().sum(0)
         log_p = torch.zeros(len(codes), dtype=torch.float64, device=self._device)
-        remaining = iter(codes.unbind(1))
 
-        def take(logits: Tensor) -> Tensor:
-            chosen = next(remaining)
+        def take(logits: Tensor, level: int) -> Tensor:
+            chosen = codes[:, level]
             nonlocal log_p
             log_p = log_p + logits.double().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
             return chosen

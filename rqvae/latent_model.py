@@ -6,17 +6,19 @@ Shapes: B batch, S latent positions, D levels, C codebook size, K tokens per lat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rqvae import persistence
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
 from rqvae.layers import HeadOutput, LinearHead
+from rqvae.sampling import ChooseCodes
 
 
 class RQTransformerOutput(NamedTuple):
@@ -94,18 +96,37 @@ def shifted(embedded: Tensor, start: Tensor, document_ids: Tensor) -> Tensor:
     return torch.where(inside_documents(document_ids)[..., None], previous, start)
 
 
+def visible_positions(documents: Tensor, max_length: int) -> Tensor | None:
+    """Which positions a step of generation sees, those to come included.
+
+    Args:
+        documents: LongTensor [B, N], 0 at the padding that some rows begin with.
+        max_length: as many positions as there will be.
+
+    Returns:
+        BoolTensor [B, 1, 1, max_length] to take the front of, or None where all see everything.
+    """
+    if not bool((documents == 0).any()):
+        return None
+    return F.pad(documents > 0, (0, max_length - documents.shape[1]), value=True)[:, None, None]
+
+
 class CodeSteps(ABC):
     """Codes of a batch of sequences, drawn position by position with caches."""
 
     @abstractmethod
-    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """The D codes of the next position, level by level.
+    def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
+        """The codes of the next position, level by level.
 
         Args:
-            choose: logits [B, C] of a level -> its codes, LongTensor [B].
+            choose: takes the codes of a level from its logits.
+            num_levels: draw the first levels only; by default all D.
 
         Returns:
-            LongTensor [B, D].
+            LongTensor [B, num_levels].
+
+        Raises:
+            ValueError: `num_levels` of a model that cannot go on from some of the levels.
         """
 
     @abstractmethod
@@ -113,14 +134,14 @@ class CodeSteps(ABC):
         """Make what was drawn part of the context.
 
         Args:
-            codes: LongTensor [B, D].
+            codes: LongTensor [B, num_levels], as drawn.
             input_ids: LongTensor [B, K], what they decode to; for a model that reads tokens.
             is_token: BoolTensor [B, K], False at places that hold none; by default all hold one.
         """
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Go on from the contexts of these rows: LongTensor [B], each named any number of times.
+        """Go on from the contexts of these rows: LongTensor [b], each named any number of times, or not at all.
 
         To be called between `draw` and `append`.
         """

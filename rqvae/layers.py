@@ -97,16 +97,23 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Go on from these rows: LongTensor [B], each named any number of times."""
+        """Go on from these rows: LongTensor [b], each named any number of times, or not at all."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class TransformerCache:
-    """State of a `TransformerBlock` between calls: one `LayerCache` per layer, and how much is filled."""
+    """State of a `TransformerBlock` between calls: one `LayerCache` per layer, and how much is filled.
 
-    def __init__(self, layers: list[LayerCache], max_length: int):
+    Args:
+        rotary: cos and sin by position, each [max_length, F]; None for a block without.
+    """
+
+    def __init__(
+        self, layers: list[LayerCache], max_length: int, rotary: tuple[Tensor, Tensor] | None = None
+    ):
         self.layers = layers
         self.max_length = max_length
+        self.rotary = rotary
         self.length = 0
 
     def reset(self) -> None:
@@ -114,7 +121,7 @@ class TransformerCache:
         self.length = 0
 
     def select(self, rows: Tensor) -> None:
-        """Go on from these rows: LongTensor [B], each named any number of times."""
+        """Go on from these rows: LongTensor [b], each named any number of times, or not at all."""
         for layer in self.layers:
             layer.select(rows)
 
@@ -243,7 +250,11 @@ class TransformerBlock(nn.Module):
             LayerCache(batch_size, self.num_heads, max_length, self.head_dim, like)
             for _ in range(len(self.layers))
         ]
-        return TransformerCache(layers, max_length)
+        rotary = None
+        if self.rotary is not None:
+            cos, sin = self.rotary(torch.arange(max_length, device=like.device)[None], like.dtype)
+            rotary = (cos[0, 0], sin[0, 0])
+        return TransformerCache(layers, max_length, rotary)
 
     def forward(
         self,
@@ -267,7 +278,6 @@ class TransformerBlock(nn.Module):
             ValueError: several positions at once are appended to a filled cache without a mask, or the
                 cache is full.
         """
-        rotary = None if self.rotary is None else self.rotary(positions, x_BNE.dtype)
         start = cache.length if cache is not None else 0
         if cache is not None:
             if start and mask is None and x_BNE.shape[1] > 1:
@@ -276,6 +286,12 @@ class TransformerBlock(nn.Module):
                 raise ValueError(
                     f"the cache holds {cache.max_length} positions, {start + x_BNE.shape[1]} needed"
                 )
+        rotary = None
+        if self.rotary is not None and (cache is None or cache.rotary is None):
+            rotary = self.rotary(positions, x_BNE.dtype)
+        elif cache is not None and cache.rotary is not None:
+            cos, sin = cache.rotary
+            rotary = (cos[positions][:, None], sin[positions][:, None])
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x_BNE = torch.utils.checkpoint.checkpoint(layer, x_BNE, rotary, mask, use_reentrant=False)
@@ -373,6 +389,11 @@ class LinearHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=0.02)
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of logits formed at a time."""
+        return max(16, self.BLOCK_ELEMENTS // self.weight.shape[0])
+
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor | HeadOutput:
@@ -390,14 +411,13 @@ class LinearHead(nn.Module):
             return F.linear(hidden, self.weight)
         if weights is None:
             weights = torch.ones_like(labels, dtype=torch.float32)
-        block_rows = max(16, self.BLOCK_ELEMENTS // self.weight.shape[0])
         return HeadOutput(
             *_LinearCrossEntropy.apply(
                 hidden.reshape(-1, hidden.shape[-1]),
                 self.weight,
                 labels.reshape(-1),
                 weights.reshape(-1),
-                block_rows,
+                self.block_rows,
                 torch.is_grad_enabled(),
             )
         )

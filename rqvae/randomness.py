@@ -1,7 +1,8 @@
 """Random numbers that belong to a sample, not to a process.
 
 Whatever is drawn in training is a pure function of (seed, step, sample): the same on any number of ranks, after a
-resume, and in the second forward pass of gradient checkpointing. A generator with a state gives none of this.
+resume, and in the second forward pass of gradient checkpointing. What is drawn in generation is one of (seed, row,
+position, level): the same in any batch and any order of work. A generator with a state gives none of this.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Purpose(IntEnum):
     LEVEL_DROPOUT = 3
     CODES = 4
     PARTICLES = 5
+    GENERATION = 6
 
 
 # Steele 2014, figure 14 (SplitMix64), as signed 64-bit integers, whose products wrap around on every device.
@@ -41,19 +43,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 31)
 
 
-def sample_seeds(seed: int, step: int, sample_index: Tensor) -> Tensor:
+def sample_seeds(seed: int, step: int | Tensor, sample_index: Tensor) -> Tensor:
     """One seed per sample of a step.
 
     Args:
         seed: of the run.
-        step: optimizer step.
+        step: optimizer step, or a LongTensor of the shape of `sample_index`.
         sample_index: LongTensor [B], global.
 
     Returns:
         LongTensor [B].
     """
     of_seed = _mix(torch.full_like(sample_index, seed) * _GAMMA)
-    of_step = _mix(of_seed + torch.full_like(sample_index, step) * _GAMMA)
+    steps = step if isinstance(step, Tensor) else torch.full_like(sample_index, step)
+    of_step = _mix(of_seed + steps * _GAMMA)
     return _mix(of_step + (sample_index + 1) * _GAMMA)
 
 
@@ -68,11 +71,23 @@ def uniform(seeds: Tensor, purpose: int, *shape: int) -> Tensor:
     Returns:
         [B, *shape].
     """
-    index = torch.arange(1, math.prod(shape) + 1, device=seeds.device)
-    base = _mix(seeds + torch.full_like(seeds, purpose) * _MIX_1)
     # 23 bits, so that fp32 holds the halves between them too and neither 0 nor 1 comes out.
-    bits = _shifted(_mix(base[:, None] + index * _GAMMA), 41)
+    bits = _shifted(_hashes(seeds, purpose, math.prod(shape)), 41)
     return ((bits.float() + 0.5) / (1 << 23)).view(-1, *shape)
+
+
+def fine_uniform(seeds: Tensor, purpose: int, *shape: int) -> Tensor:
+    """Independent numbers in (0, 1), fp64, with 52 bits: for draws among events too rare for the 23 of `uniform`.
+    Arguments as there."""
+    bits = _shifted(_hashes(seeds, purpose, math.prod(shape)), 12)
+    return ((bits.double() + 0.5) / (1 << 52)).view(-1, *shape)
+
+
+def _hashes(seeds: Tensor, purpose: int, count: int) -> Tensor:
+    """LongTensor [B, count] of 64 random bits."""
+    index = torch.arange(1, count + 1, device=seeds.device)
+    base = _mix(seeds + torch.full_like(seeds, purpose) * _MIX_1)
+    return _mix(base[:, None] + index * _GAMMA)
 
 
 def normal(seeds: Tensor, purpose: int, *shape: int) -> Tensor:

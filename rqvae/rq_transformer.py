@@ -8,15 +8,24 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
 from rqvae.backbone import build_backbone, load_pretrained
+from rqvae.backbone_cache import new_backbone_cache
 from rqvae.config import ArchitectureConfig, RQTransformerConfig
-from rqvae.latent_model import CodeEmbedding, CodeHeads, CodeSteps, LatentModel, shifted
+from rqvae.depth_step import CompiledDepthStep, DepthStep
+from rqvae.latent_model import (
+    CodeEmbedding,
+    CodeHeads,
+    CodeSteps,
+    LatentModel,
+    shifted,
+    visible_positions,
+)
 from rqvae.layers import (
     LinearHead,
     TransformerBlock,
@@ -24,6 +33,7 @@ from rqvae.layers import (
     causal_document_mask,
     positions_in_documents,
 )
+from rqvae.sampling import ChooseCodes
 
 
 class BackboneBlock(nn.Module):
@@ -37,12 +47,12 @@ class BackboneBlock(nn.Module):
         super().__init__()
         self.backbone = build_backbone(architecture, with_embeddings)
 
-    def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> DynamicCache:
-        """Empty cache; it grows, and takes dtype and device from what is put into it."""
-        return DynamicCache(config=self.backbone.config)
+    def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> Cache:
+        """Empty cache; it takes dtype and device from what is put into it."""
+        return new_backbone_cache(self.backbone.config, max_length)
 
     def forward(
-        self, x_BNE: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None = None
+        self, x_BNE: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None = None
     ) -> Tensor:
         """Run the stack; as in `TransformerBlock`, but no mask is for a single position with a cache only."""
         return self.backbone(
@@ -143,7 +153,7 @@ class SpatialTransformer(nn.Module):
         document_ids: Tensor,
         input_ids: Tensor | None = None,
         is_token: Tensor | None = None,
-        cache: TransformerCache | DynamicCache | None = None,
+        cache: TransformerCache | Cache | None = None,
     ) -> Tensor:
         """Contexts of all positions.
 
@@ -180,6 +190,8 @@ class DepthTransformer(nn.Module):
             config.depth_dim, config.depth_layers, config.head_dim, config.mlp_ratio, rope_theta=None
         )
         self.heads = CodeHeads(config.depth_dim, config)
+        self.is_compiled = False
+        self._steps: dict[tuple[int, torch.dtype, torch.device], CompiledDepthStep] = {}
 
     def hidden_states(self, context: Tensor, codes: Tensor) -> Tensor:
         """States before the heads, with the true codes as input: [N, E] and [N, D] -> [N, D, G]."""
@@ -190,24 +202,32 @@ class DepthTransformer(nn.Module):
         x = torch.cat([x[:, :1], x[:, 1:] + prefix], dim=1)
         return self.block(x, positions=None)
 
-    def draw(self, context: Tensor, cache: TransformerCache, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """The D codes of one position: [B, E] -> LongTensor [B, D]; `choose` as in `CodeSteps.draw`."""
-        cache.reset()
+    def draw(self, context: Tensor, step: DepthStep, choose: ChooseCodes, num_levels: int) -> Tensor:
+        """The first codes of one position: [B, E] -> LongTensor [B, num_levels]; `choose` as in `CodeSteps.draw`."""
+        step.begin()
         # One row per level, so that the loop below has nothing to slice or reshape.
         inputs = (self.from_context(context)[:, None] + self.level_positions).split(1, dim=1)
         prefix: Tensor | None = None
         codes: list[Tensor] = []
-        for level, x in enumerate(inputs):
+        for level, x in enumerate(inputs[:num_levels]):
             if level:
                 embedded = self.embedding.level(codes[-1], level - 1)[:, None]
                 prefix = prefix + embedded if prefix is not None and self.adds_up else embedded
                 x = x + prefix
-            codes.append(choose(self.heads.of_level(level)(self.block(x, None, None, cache)[:, 0])))
+            codes.append(choose(self.heads.of_level(level)(step(x)), level))
         return torch.stack(codes, dim=1)
 
-    def new_cache(self, batch_size: int) -> TransformerCache:
-        """Cache for the levels of one position, reused for every position."""
-        return self.block.new_cache(batch_size, self.num_levels, self.level_positions)
+    def new_step(self, batch_size: int) -> DepthStep:
+        """The step from level to level, with buffers that serve every position."""
+        if not self.is_compiled:
+            return DepthStep(self.block, batch_size, self.num_levels, self.level_positions)
+        # Compiling takes time, and a batch size comes again.
+        key = (batch_size, self.level_positions.dtype, self.level_positions.device)
+        if key not in self._steps:
+            self._steps[key] = CompiledDepthStep(
+                self.block, batch_size, self.num_levels, self.level_positions
+            )
+        return self._steps[key]
 
 
 class RQTransformer(LatentModel):
@@ -273,29 +293,29 @@ class _RQTransformerSteps(CodeSteps):
         spatial = model.spatial
         self._spatial, self._depth = spatial, model.depth
         self._cache = spatial.block.new_cache(len(codes), codes.shape[1] + max_new_latents, spatial.start)
-        self._depth_cache = model.depth.new_cache(len(codes))
+        self._step = model.depth.new_step(len(codes))
         self._context = spatial(codes, documents, input_ids, is_token, self._cache)[:, -1]
         self._position = documents.sum(1, keepdim=True)
-        # A step sees all there is, unless some rows begin with padding.
-        self._documents = documents if bool((documents == 0).any()) else None
+        self._visible = visible_positions(documents, codes.shape[1] + max_new_latents)
+        self._length = documents.shape[1]
 
-    def draw(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._depth.draw(self._context, self._depth_cache, choose)
+    def draw(self, choose: ChooseCodes, num_levels: int | None = None) -> Tensor:
+        return self._depth.draw(self._context, self._step, choose, num_levels or self._depth.num_levels)
 
     def select(self, rows: Tensor) -> None:
+        if len(rows) != len(self._position):
+            self._step = self._depth.new_step(len(rows))
         if isinstance(self._cache, TransformerCache):
             self._cache.select(rows)
         else:
             self._cache.reorder_cache(rows)  # type: ignore[arg-type]
         self._position = self._position[rows]
-        if self._documents is not None:
-            self._documents = self._documents[rows]
+        if self._visible is not None:
+            self._visible = self._visible[rows]
 
     def append(self, codes: Tensor, input_ids: Tensor | None = None, is_token: Tensor | None = None) -> None:
-        mask = None
-        if self._documents is not None:
-            self._documents = torch.cat([self._documents, torch.ones_like(self._position)], dim=1)
-            mask = causal_document_mask(self._documents[:, -1:], self._documents)
+        self._length += 1
+        mask = None if self._visible is None else self._visible[..., : self._length]
         x = self._spatial.embed(codes[:, None], input_ids, is_token)
         self._context = self._spatial.block(x, self._position, mask, self._cache)[:, -1]
         self._position = self._position + 1

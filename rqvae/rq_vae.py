@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rqvae.backbone import load_pretrained
-from rqvae.codec import Codec, most_likely
+from rqvae.codec import Codec, choose_tokens, most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, TextDecoder
 from rqvae.encoder import TextEncoder, chunk_documents, token_documents
 from rqvae.quantizer import ResidualQuantizer
 from rqvae.randomness import Purpose, normal, uniform
+from rqvae.sampling import ChooseTokens
 
 
 class RQVAEOutput(NamedTuple):
@@ -217,11 +218,14 @@ class RQVAE(Codec):
         codes: Tensor,
         documents: Tensor,
         cache: DecoderCache,
-        choose: Callable[[Tensor], Tensor] = most_likely,
+        choose: ChooseTokens = most_likely,
+        num_known: int = 0,
     ) -> Tensor:
         """See `Codec.decode_block`."""
-        logits: Tensor = self.decoder(self.quantizer.embed(codes), documents, cache=cache)
-        return choose(logits.flatten(0, 1)).view(logits.shape[:2])
+        hidden = self.decoder.hidden_states(self.quantizer.embed(codes), documents, cache)
+        hidden = hidden[:, num_known * self.config.compression_factor :]
+        places = torch.arange(hidden.shape[:2].numel(), device=hidden.device)
+        return choose_tokens(self.decoder.head, hidden.flatten(0, 1), places, choose).view(hidden.shape[:2])
 
     def _documents(
         self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None

@@ -114,7 +114,7 @@ def test_tokens_are_chosen_as_asked(make_anchor: Make, tokens: Make) -> None:
     codes = codec.encode(tokens(1, 8))
     documents = torch.ones_like(codes[..., 0])
     found = codec.decode_block(
-        codes, documents, codec.new_decoder_cache(1, 2), lambda logits: logits.argmin(-1)
+        codes, documents, codec.new_decoder_cache(1, 2), lambda logits, places: logits.argmin(-1)
     )
     logits = codec.decode(codes)
     assert torch.equal(found[0, [0, 2, 4, 6]], logits.argmin(-1)[0, [0, 2, 4, 6]])

@@ -222,10 +222,8 @@ def test_steps_with_caches_equal_teacher_forcing(model: LatentModel, num_prompt:
             token_documents[:, :end],
         )
         for place in range(num_prompt, 6):
-            levels = iter(range(3))
 
-            def choose(logits: Tensor, levels: Any = levels, place: int = place) -> Tensor:
-                level = next(levels)
+            def choose(logits: Tensor, level: int, place: int = place) -> Tensor:
                 torch.testing.assert_close(logits, expected[level][:, place], **CLOSE)
                 return codes[:, place, level]
 
