@@ -37,7 +37,7 @@ def compute_report(project: Path) -> dict[str, Any]:
         report[stage] = {
             "steps": steps,
             "train_tokens": steps * tokens_per_step,
-            "train_flops": _flops_per_token(stage, config, steps) * tokens_per_step,
+            "train_flops": stage_flops(stage, config, steps),
             "wall_s": max((record.get("time_s", 0.0) for record in records), default=0.0),
         }
     if "rq_transformer" in configs and (encoded := _encoding(configs["rq_transformer"], project / "codes")):
@@ -56,6 +56,16 @@ def compute_report(project: Path) -> dict[str, Any]:
                 for key in ("train_tokens", "train_flops", "wall_s")
             }
     return report
+
+
+def stage_flops(stage: str, config: RunConfig, steps: int) -> float:
+    """Training FLOPs of the first `steps` steps of a stage; `config.train` is that of the stage."""
+    return _flops_per_token(stage, config, steps) * config.train.global_batch_size * config.data.sample_length
+
+
+def encoding_flops(config: RunConfig, tokens: int) -> float:
+    """FLOPs of encoding `tokens` tokens into codes."""
+    return flops.codec(config.codec, config.data.sample_length).encode * tokens
 
 
 def _flops_per_token(stage: str, config: RunConfig, steps: int) -> float:
@@ -87,5 +97,4 @@ def _encoding(config: RunConfig, codes: Path) -> dict[str, Any]:
                     tokens += len(TokenDataset(directory, split)) * config.data.sample_length
                 except (DatasetError, OSError):
                     return {}
-    per_token = flops.codec(config.codec, config.data.sample_length).encode
-    return {"train_tokens": tokens, "train_flops": per_token * tokens} if tokens else {}
+    return {"train_tokens": tokens, "train_flops": encoding_flops(config, tokens)} if tokens else {}

@@ -7,45 +7,45 @@ from pathlib import Path
 
 import pytest
 
-from launch import demo, run_status
+from launch import chain, run_status
 from launch.report_data import read_report, update_report
 
 
 @pytest.fixture
-def step(tmp_path: Path) -> demo.Step:
+def step(tmp_path: Path) -> chain.Step:
     (tmp_path / "input").write_text("text")
     (tmp_path / "output").mkdir()
     (tmp_path / "output/result").write_text("result")
-    return demo.Step("step", ["command", "--master_port", "1"], [tmp_path / "input"], [tmp_path / "output"])
+    return chain.Step("step", ["command", "--master_port", "1"], [tmp_path / "input"], [tmp_path / "output"])
 
 
-def test_a_step_is_done_only_as_long_as_nothing_changed(step: demo.Step, tmp_path: Path) -> None:
+def test_a_step_is_done_only_as_long_as_nothing_changed(step: chain.Step, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    assert not demo.is_done(step, record)
-    demo.mark(step, record, finished=False)
-    assert demo.was_interrupted(step, record)
-    assert not demo.is_done(step, record)
-    demo.mark(step, record, finished=True, seconds=1.0)
-    assert demo.is_done(step, record)
+    assert not chain.is_done(step, record)
+    chain.mark(step, record, finished=False)
+    assert chain.was_interrupted(step, record)
+    assert not chain.is_done(step, record)
+    chain.mark(step, record, finished=True, seconds=1.0)
+    assert chain.is_done(step, record)
     # The port is no content.
-    assert demo.is_done(
-        demo.Step("step", ["command", "--master_port", "2"], step.inputs, step.outputs), record
+    assert chain.is_done(
+        chain.Step("step", ["command", "--master_port", "2"], step.inputs, step.outputs), record
     )
-    assert not demo.is_done(demo.Step("step", ["other"], step.inputs, step.outputs), record)
+    assert not chain.is_done(chain.Step("step", ["other"], step.inputs, step.outputs), record)
     (tmp_path / "output/result").write_text("damaged")
-    assert not demo.is_done(step, record)
+    assert not chain.is_done(step, record)
     (tmp_path / "output/result").write_text("result")
-    assert demo.is_done(step, record)
+    assert chain.is_done(step, record)
     (tmp_path / "input").write_text("other text")
-    assert not demo.is_done(step, record)
-    assert not demo.was_interrupted(step, record)
+    assert not chain.is_done(step, record)
+    assert not chain.was_interrupted(step, record)
 
 
 def test_outputs_outside_the_project_are_kept(tmp_path: Path) -> None:
     inside, outside = tmp_path / "project/model", tmp_path / "data"
     for directory in (inside, outside):
         directory.mkdir(parents=True)
-    demo.remove_outputs(demo.Step("step", [], [], [inside, outside]), tmp_path / "project")
+    chain.remove_outputs(chain.Step("step", [], [], [inside, outside]), tmp_path / "project")
     assert not inside.exists()
     assert outside.exists()
 
@@ -65,7 +65,7 @@ def test_training_is_done_when_it_says_so_itself(tmp_path: Path) -> None:
     says = "from pathlib import Path; from launch import run_status; run_status"
 
     def run(code: str) -> int:
-        return demo.run(demo.Step("train", [sys.executable, "-c", code], [], [], run_directory=tmp_path))
+        return chain.run(chain.Step("train", [sys.executable, "-c", code], [], [], run_directory=tmp_path))
 
     assert run(f"{says}.finished(Path('{tmp_path}'), 9)") == 0
     assert run(f"{says}.running(Path('{tmp_path}'))") == 1
