@@ -7,10 +7,9 @@ from typing import Any
 
 from data_pipeline import TokenDataset
 from data_pipeline.errors import DatasetError
-from launch import flops
 from launch.config import RunConfig, load_config
-from launch.latent_model import latent_model_config
 from launch.tracking import read_metrics
+from launch.training_flops import encoding_flops, stage_flops
 
 STAGES = ("base_lm", "rqvae", "rq_transformer", "joint")
 
@@ -56,34 +55,6 @@ def compute_report(project: Path) -> dict[str, Any]:
                 for key in ("train_tokens", "train_flops", "wall_s")
             }
     return report
-
-
-def stage_flops(stage: str, config: RunConfig, steps: int) -> float:
-    """Training FLOPs of the first `steps` steps of a stage; `config.train` is that of the stage."""
-    return _flops_per_token(stage, config, steps) * config.train.global_batch_size * config.data.sample_length
-
-
-def encoding_flops(config: RunConfig, tokens: int) -> float:
-    """FLOPs of encoding `tokens` tokens into codes."""
-    return flops.codec(config.codec, config.data.sample_length).encode * tokens
-
-
-def _flops_per_token(stage: str, config: RunConfig, steps: int) -> float:
-    """Training FLOPs of all steps, per token of a step."""
-    length, factor = config.data.sample_length, config.codec.compression_factor
-    if stage == "base_lm":
-        architecture = config.codec.backbone.architecture
-        return 3 * steps * (flops.backbone(architecture, length / 2) + flops.head(architecture))
-    total = 0.0
-    if stage in ("rqvae", "joint"):
-        codec = flops.codec(config.codec, length)
-        frozen = min(steps, config.train.frozen_steps)
-        total += frozen * codec.train_frozen + (steps - frozen) * codec.train_full
-    if stage in ("rq_transformer", "joint"):
-        name = "RQTransformer" if config.latent_model.model == "rq_transformer" else "FlatTransformer"
-        forward = flops.latent_model(name, latent_model_config(config), length / factor)
-        total += 3 * steps * forward / factor
-    return total
 
 
 def _encoding(config: RunConfig, codes: Path) -> dict[str, Any]:

@@ -254,7 +254,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if "trials" in values:
         raise ConfigError(
             str(path),
-            [f"trials: this is a sweep, not a run; start it with: python launch/experiments.py --sweep {path}"],
+            [
+                f"trials: this is a sweep, not a run; start it with: python launch/experiments.py --sweep {path}"
+            ],
         )
     return values
 
