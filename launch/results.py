@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import flops
 from launch.chain import REPOSITORY
 from launch.report_data import read_report
 from launch.sweep import PlannedTrial, Sweep
 from launch.trials import read_record
+from rqvae.config import ArchitectureConfig
 
 FIGURES: dict[str, tuple[str, ...]] = {
     "bound": ("bits_per_byte", "latent_bound"),
@@ -46,6 +48,8 @@ FIGURES: dict[str, tuple[str, ...]] = {
 INTERVALS = {
     name: ("bits_per_byte_intervals", path[1]) for name, path in FIGURES.items() if path[0] == "bits_per_byte"
 } | {"brier_lm": ("brier_lm", "intervals", "latent"), "brier_lm_ar": ("brier_lm", "intervals", "base_lm")}
+LEVELS = ("perplexity_normalized", "used_fraction", "nats_per_code", "distortion", "token_accuracy")
+"""What is kept of every codebook level."""
 COMPUTE = ("train_tokens", "train_flops", "wall_s")
 TABLE = {
     "bound": "bound",
@@ -120,6 +124,7 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
         "stages": list(trial.stages),
         "steps": record.get("steps", {}),
         "matched_to": trial.spec.match_compute,
+        "backbone_parameters": backbone_parameters(codec.backbone.architecture),
         "compute_ratio": record.get("compute_ratio"),
         "planned_flops": record.get("planned_flops", {}),
         "figures": {},
@@ -129,18 +134,33 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
     if record["state"] != "finished":
         return run  # a report of an earlier configuration is not this trial's
     report = read_report(REPOSITORY / trial.directory / "report.json")
-    compute = report.get("compute") or {}
-    total = compute.get("total_base_lm" if trial.stages == ("base_lm",) else "total_latent") or {}
+    return run | figures_of(report, "total_base_lm" if trial.stages == ("base_lm",) else "total_latent")
+
+
+def figures_of(report: Mapping[str, Any], total: str = "total_latent") -> dict[str, Any]:
+    """What a run's part of results.json takes from its report.json.
+
+    Args:
+        total: key of `compute` for all that its model stands on.
+    """
     figures = {name: look_up(report, path) for name, path in FIGURES.items()}
-    figures |= {name: total.get(name) for name in COMPUTE}
-    run["figures"] = {name: value for name, value in figures.items() if value is not None}
+    figures |= {name: look_up(report, ("compute", total, name)) for name in COMPUTE}
     intervals = {name: look_up(report, path) for name, path in INTERVALS.items()}
-    run["document_intervals"] = {name: ends for name, ends in intervals.items() if ends is not None}
-    run["codebook"] = {
-        key: [level.get(key) for level in (report.get("codebook") or {}).get("levels") or []]
-        for key in ("perplexity_normalized", "used_fraction", "nats_per_code", "distortion", "token_accuracy")
+    levels = (report.get("codebook") or {}).get("levels") or []
+    return {
+        "figures": {name: value for name, value in figures.items() if value is not None},
+        "document_intervals": {name: ends for name, ends in intervals.items() if ends is not None},
+        "codebook": {key: [level.get(key) for level in levels] for key in LEVELS},
+        "speed_rows": [
+            {key: row.get(key) for key in ("name", "tokens_per_s", "speedup_over_generate")}
+            for row in (report.get("speed") or {}).get("rows") or []
+        ],
     }
-    return run
+
+
+def backbone_parameters(architecture: ArchitectureConfig) -> int:
+    """Weights of the backbone's layers, embeddings and norms left out (as in Kaplan 2020)."""
+    return round(flops.backbone(architecture, 0) / 2)
 
 
 def look_up(values: Any, path: Sequence[str]) -> Any:
