@@ -150,9 +150,8 @@ def rate_distortion(runs: Sequence[Run]) -> Figure | None:
 @styled
 def codebook_heat_map(runs: Sequence[Run], key: str, title: str) -> Figure | None:
     """A figure of every codebook level of every run, as shades."""
-    rows = [
-        (run["trial"], values) for run in runs if any(v is not None for v in (values := run["codebook"][key]))
-    ]
+    rows = [(run["trial"], run["codebook"][key]) for run in runs]
+    rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
     if not rows:
         return None
     depth = max(len(values) for _, values in rows)
@@ -173,7 +172,7 @@ def codebook_heat_map(runs: Sequence[Run], key: str, title: str) -> Figure | Non
     axes.grid(visible=False)
     axes.invert_yaxis()
     axes.set_xlabel("level, coarse to fine")
-    drawing.colorbar(shades, ax=axes, pad=0.02)
+    drawing.colorbar(shades, ax=axes, pad=0.02).solids.set_rasterized(False)
     return finish(
         drawing, f"{title} by trial and level, on the evaluated split. Uniform usage is no goal by itself."
     )
