@@ -66,8 +66,8 @@ def answers(sweeps: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, float])
 def questions(sizes: Mapping[str, float]) -> list[Question]:
     """In the order of the table."""
 
-    def best(text: str, sweep: str, *names: str) -> Question:
-        return Question(text, sweep, lambda results: best_trial(text, results, names))
+    def best(text: str, sweep: str, *names: str, codec: str | None = None) -> Question:
+        return Question(text, sweep, lambda results: best_trial(text, results, names, codec))
 
     return [
         with_text(
@@ -75,12 +75,12 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
         ),
         with_text("What is gained in speed, and lost in quality, as K grows?", "compression", by_compression),
         with_text("Are the codebooks used?", "compression", usage),
-        best("How should bits be spread: few large codebooks or many small ones?", "codebook"),
+        best("How should bits be spread: few large codebooks or many small ones?", "codebook", codec="rqvae"),
         best("Should sizes differ by level?", "codebook", "d2-c1024", "d2-coarse", "d2-fine", "d3-graded"),
         best("RQ-transformer or a standard transformer, at equal training compute?", "architecture"),
         best("Does a pretrained decoder help?", "backbone"),
         best("Frozen only, warm-up, or full training?", "freezing"),
-        best("Which quantizer?", "quantizer"),
+        best("Which quantizer?", "quantizer", codec="rqvae"),
         best("What should the latent model read of the past?", "latent_input"),
         with_text("Does Unsloth help?", "unsloth", unsloth),
         Question(
@@ -135,10 +135,8 @@ def ends(trial: Trial, figure: str) -> str:
     if found["interval"] is None:
         return "none"
     low, high = found["interval"]
-    return (
-        f"{number(low)} to {number(high)} over {found['n'] if found['interval_over'] == 'seeds' else ''} "
-        + (str(found["interval_over"]))
-    )
+    over = f"{found['n']} seeds" if found["interval_over"] == "seeds" else "documents"
+    return f"{number(low)} to {number(high)} over {over}"
 
 
 def certainty(first: Trial, second: Trial, figure: str) -> str:
@@ -150,19 +148,23 @@ def certainty(first: Trial, second: Trial, figure: str) -> str:
     return f"{min(a['n'], b['n'])} seeds; the intervals " + ("do not overlap" if apart else "overlap: open")
 
 
-def learned(results: Mapping[str, Any], names: Sequence[str] = ()) -> list[Trial]:
-    """Trials with a bound, the identity codec left out, best first."""
+def learned(results: Mapping[str, Any], names: Sequence[str] = (), codec: str | None = None) -> list[Trial]:
+    """Trials with a bound, of these names and this codec where given; the identity codec left out, best first."""
     trials = [
         trial
         for trial in finished(results, "bound")
-        if kind(results, trial["trial"]) != "identity" and (not names or trial["trial"] in names)
+        if (found := kind(results, trial["trial"])) != "identity"
+        and codec in (None, found)
+        and (not names or trial["trial"] in names)
     ]
     return sorted(trials, key=lambda trial: mean(trial, "bound"))
 
 
-def best_trial(text: str, results: Mapping[str, Any], names: Sequence[str]) -> Answer | None:
-    """The trial with the lowest bound, beside the next."""
-    trials = learned(results, names)
+def best_trial(
+    text: str, results: Mapping[str, Any], names: Sequence[str], codec: str | None
+) -> Answer | None:
+    """The trial with the lowest bound, beside the others."""
+    trials = learned(results, names, codec)
     if len(trials) < 2:
         return None
     first, second = trials[:2]

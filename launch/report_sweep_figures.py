@@ -51,6 +51,7 @@ def frontier(runs: Sequence[Run]) -> Figure | None:
         return None
     drawing, axes = canvas("Quality and speed: up and left is worse", width=6.4, height=3.8)
     seen: set[str] = set()
+    ahead = pareto(latent)
     for run in latent:
         marker, color, label = _KINDS[run["codec"]]
         figures = run["figures"]
@@ -63,7 +64,7 @@ def frontier(runs: Sequence[Run]) -> Figure | None:
             label=None if label in seen else f"{label}, upper bound",
         )
         seen.add(label)
-        if len(latent) <= _MAX_LABELS:
+        if len(latent) <= _MAX_LABELS or run in ahead:
             _label(axes, run["trial"], figures["tokens_per_s"], figures["bound"])
     lossless = ar_points(runs)
     for name, (speed, bits) in lossless.items():
@@ -92,6 +93,20 @@ def frontier(runs: Sequence[Run]) -> Figure | None:
         f"plain AR model and lossless ways of decoding it as triangles.{told if lossless else ''} Speeds of "
         "different runs were measured at different times: compare speed-ups within a run first.",
     )
+
+
+def pareto(runs: Sequence[Run]) -> list[Run]:
+    """Runs that no other run beats in speed and bound at once."""
+
+    def place(run: Run) -> tuple[float, float]:
+        return run["figures"]["tokens_per_s"], run["figures"]["bound"]
+
+    found, lowest = [], math.inf
+    for run in sorted(runs, key=lambda run: (-place(run)[0], place(run)[1])):
+        if place(run)[1] < lowest:
+            found.append(run)
+            lowest = place(run)[1]
+    return found
 
 
 def ar_points(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:

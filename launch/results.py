@@ -111,16 +111,17 @@ def collect(sweep: Sweep, trials: Sequence[PlannedTrial]) -> dict[str, Any]:
 def run_figures(trial: PlannedTrial) -> dict[str, Any]:
     """One trial with one seed."""
     record, codec = read_record(trial), trial.config.codec
+    is_ar = trial.stages == ("base_lm",)
     run: dict[str, Any] = {
         "trial": trial.name,
         "seed": trial.seed,
         "directory": str(trial.directory),
         "state": record["state"],
         "reason": record.get("reason", ""),
-        "codec": codec.model,
-        "compression_factor": codec.compression_factor,
-        "codebook_levels": codec.codebook_levels,
-        "codebook_sizes": list(codec.codebook_sizes),
+        "codec": None if is_ar else codec.model,
+        "compression_factor": None if is_ar else codec.compression_factor,
+        "codebook_levels": None if is_ar else codec.codebook_levels,
+        "codebook_sizes": [] if is_ar else list(codec.codebook_sizes),
         "stages": list(trial.stages),
         "steps": record.get("steps", {}),
         "matched_to": trial.spec.match_compute,
@@ -134,7 +135,13 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
     if record["state"] != "finished":
         return run  # a report of an earlier configuration is not this trial's
     report = read_report(REPOSITORY / trial.directory / "report.json")
-    return run | figures_of(report, "total_base_lm" if trial.stages == ("base_lm",) else "total_latent")
+    if not is_ar:
+        return run | figures_of(report)
+    # The identity codec that it is evaluated with has nothing to say here.
+    found = figures_of(report, "total_base_lm")
+    for name in ("token_accuracy", "codes_bits_per_token"):
+        found["figures"].pop(name, None)
+    return run | found | {"codebook": {key: [] for key in LEVELS}}
 
 
 def figures_of(report: Mapping[str, Any], total: str = "total_latent") -> dict[str, Any]:

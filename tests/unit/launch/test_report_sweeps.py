@@ -126,7 +126,7 @@ def test_answers_come_from_the_sweeps_and_from_nowhere_else(root: Path) -> None:
     assert "1 seed" in found.certainty
     assert answer(root, "codebooks used", "compression").number == "87.6 %"
     assert answer(root, "Unsloth", "unsloth").answer == "needs a GPU to answer"
-    assert answer(root, "Which quantizer", "quantizer").answer.startswith("anchors, D=2")
+    assert answer(root, "Which quantizer", "quantizer").answer.startswith("EMA codebooks, straight-through")
     assert answer(root, "8B", "model_size").number.endswith("(extrapolation)")
     for part in ("Which quantizer", "8B", "standard tasks"):
         row = answer(root, part, "compression")
