@@ -3,10 +3,10 @@
     python launch/experiments.py --sweep configs/sweeps/compression.yaml --dry-run
     python launch/experiments.py --sweep configs/sweeps/compression.yaml [--only TRIAL] [--ranks N] [a.b=value ...]
 
-Every trial is a run directory, `runs/sweeps/SWEEP/TRIAL-seedN`, with results.json, results.csv and results.md beside
-them, written anew after every trial. Killed anywhere, the same command goes on. A trial that fails is recorded with
-the reason, and the rest goes on; the exit status is then 1. On a cluster, task i of n takes every n-th trial
-(`--task-index i --num-tasks n`, slurm/experiments.sh), and `--merge` afterwards makes the table.
+Every trial is a run directory, `runs/sweeps/SWEEP/TRIAL-seedN`, with its logs in it and results.json, results.csv and
+results.md beside it, written anew after every trial. Killed anywhere, the same command goes on. A trial that fails is
+recorded with the reason, and the rest goes on; the exit status is then 1. On a cluster, task i of n takes every n-th
+trial (`--task-index i --num-tasks n`, slurm/experiments.sh), and `--merge` afterwards makes the table.
 
 One rank (the default) trains by plain `python` without ZeRO, the cheapest way on one machine.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import NotADatasetError
+from data_pipeline.yaml_config import validate
 from launch.chain import REPOSITORY, Commands, run_steps
 from launch.matching import match_compute, planned_flops, with_steps
 from launch.results import write_results
@@ -30,8 +31,6 @@ from launch.run_lock import RunLock
 from launch.sweep import PlannedTrial, Sweep, load_sweep, plan_trials, short_hash
 from launch.training_flops import tokens_to_encode
 from launch.trials import CONFIG, TrialError, TrialRun, write_config, write_record
-
-NEEDS_GPU = "needs a GPU to answer"
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not 0 <= args.task_index < args.num_tasks:
             raise ValueError(f"--task-index {args.task_index} is not below --num-tasks {args.num_tasks}")
         sweep = load_sweep(args.sweep)
+        if args.seed:
+            sweep = validate(Sweep, sweep.model_dump() | {"seeds": args.seed}, "--seed")
         planned = plan_trials(sweep, args.overrides)
         chosen = choose(planned, args.only, args.task_index, args.num_tasks)
         if args.dry_run:
@@ -109,9 +110,9 @@ def run_trials(
     failures, failed_parts = 0, dict[str, str]()
     for number, trial in enumerate(chosen, 1):
         print(f"== trial {number} of {len(chosen)}: {trial.name}, seed {trial.seed}", flush=True)
-        if trial.spec.needs == "gpu" and not has_gpu():
-            write_record(trial, {"state": "not run", "reason": NEEDS_GPU})
-            print(f"not run: {NEEDS_GPU}", flush=True)
+        if trial.spec.not_run:
+            write_record(trial, {"state": "not run", "reason": trial.spec.not_run})
+            print(f"not run: {trial.spec.not_run}", flush=True)
         else:
             failures += run_trial(sweep, planned, trial, ranks, failed_parts)
         if writes:
@@ -196,13 +197,6 @@ def resolve(trial: PlannedTrial, planned: Sequence[PlannedTrial], data_is_there:
     return Resolved(trial, costs, sum(costs.values()) / sum(wanted.values()))
 
 
-def has_gpu() -> bool:
-    """PyTorch finds a CUDA device."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def describe(sweep: Sweep, planned: Sequence[PlannedTrial], chosen: Sequence[PlannedTrial]) -> None:
     """Print what would be run."""
     print(f"{sweep.name}: {sweep.question}\n{len(chosen)} runs in {results_directory(planned)}\n")
@@ -218,10 +212,12 @@ def describe(sweep: Sweep, planned: Sequence[PlannedTrial], chosen: Sequence[Pla
         rate = "" if trial.stages == ("base_lm",) else f"{codec_rate(trial):.1f}"
         steps = ", ".join(f"{stage} {count}" for stage, count in resolved.steps().items())
         matched = "" if resolved.ratio is None else f" = {resolved.ratio:.3f} x {trial.spec.match_compute}"
-        needs = "" if trial.spec.needs is None else f" (needs a {trial.spec.needs})"
+        if trial.spec.not_run:
+            print(f"{trial.name:28}{trial.seed:5}  not run: {trial.spec.not_run}")
+            continue
         print(
             f"{trial.name:28}{trial.seed:5}{codec.compression_factor:4}{codec.codebook_levels:4}{rate:>12}"
-            f"{sum(resolved.flops.values()) / 1e12:9.2f}  {steps}{matched}{needs}"
+            f"{sum(resolved.flops.values()) / 1e12:9.2f}  {steps}{matched}"
         )
     if without_data:
         print("\nThe data are not built yet: without the encoding pass; matched steps will change a little.")
@@ -244,6 +240,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="TRIAL", help="may stand several times"
+    )
+    parser.add_argument(
+        "--seed",
+        action="append",
+        default=[],
+        type=int,
+        metavar="N",
+        help="in place of the file's; several times",
     )
     parser.add_argument("--ranks", type=int, default=1, help="processes that train together")
     parser.add_argument(

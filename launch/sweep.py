@@ -42,8 +42,8 @@ class Trial(StrictModel):
     match_compute: str | None = None
     """A trial without match_compute. The steps of this trial's last stage are set so that its whole training takes as
     many FLOPs: base LM where the backbones start from it, codec, encoding, latent model."""
-    needs: Literal["gpu"] | None = None
-    """Hardware without which the trial is not run; its row then says so."""
+    not_run: str = ""
+    """Why the trial cannot be run, if so; its row then says it."""
 
 
 class Sweep(StrictModel):
@@ -91,6 +91,10 @@ class Sweep(StrictModel):
             reference = trial.match_compute
             if reference is not None and reference not in self.trials:
                 raise ValueError(f"trials.{name}.match_compute: there is no trial {reference}")
+            if trial.not_run and (trial.overrides or reference is not None):
+                raise ValueError(
+                    f"trials.{name}.not_run: the settings of a trial that is not run have no effect"
+                )
             if reference is not None and self.trials[reference].match_compute is not None:
                 raise ValueError(
                     f"trials.{name}.match_compute: {reference} is matched itself; name the trial it is matched to"

@@ -68,8 +68,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sweep = load_sweep(ROOT / "configs" / "sweeps" / f"{name}.yaml")
         trials = plan_trials(sweep, [f"run_root={directory}"])
         for trial in trials:
-            if trial.spec.needs is not None:
-                write_record(trial, {"state": "not run", "reason": "needs a GPU to answer"})
+            if trial.spec.not_run:
+                write_record(trial, {"state": "not run", "reason": trial.spec.not_run})
             elif trial.name == "k16-d8":
                 write_record(
                     trial, {"state": "failed", "reason": "train-rqvae ended with status 1: no <memory>"}
