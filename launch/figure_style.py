@@ -58,6 +58,14 @@ class Figure:
 
     drawing: str
     caption: str
+    canvas: Canvas | None = None
+
+    def png(self) -> bytes:
+        """The drawing for what cannot show SVG: on white, 150 dots per inch; empty if there is nothing to draw."""
+        buffer = io.BytesIO()
+        if self.canvas is not None:
+            self.canvas.savefig(buffer, format="png", dpi=150, transparent=False, facecolor="white")
+        return buffer.getvalue()
 
     def svg(self, number: int) -> str:
         """The drawing as the page's figure `number`: an element whose ids are unique in the page."""
@@ -91,7 +99,7 @@ def finish(drawing: Canvas, caption: str) -> Figure:
     svg = re.sub(r"font: ([^\"';]*?)([\d.]+px)[^;\"]*", r"font: \1\2 var(--sans)", svg)
     for stand_in, color in ((INK, "currentColor"), (RULE, "var(--rule)"), (PAPER, "var(--paper)")):
         svg = svg.replace(stand_in, color)
-    return Figure(svg.strip(), caption)
+    return Figure(svg.strip(), caption, drawing)
 
 
 def ramp(level: int, count: int) -> str:

@@ -17,7 +17,8 @@ def planned_flops(trial: PlannedTrial, encoded_tokens: int) -> dict[str, float]:
     Args:
         encoded_tokens: of `tokens_to_encode`.
     """
-    config, parts = trial.config, {}
+    config = trial.config
+    parts: dict[str, float] = {}
     for stage in trial.stages:
         if stage == "base_lm" and not (trial.starts_from_base_lm or trial.stages == ("base_lm",)):
             continue

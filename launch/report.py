@@ -26,13 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="file to write (default: report.html in the first directory)"
     )
+    parser.add_argument("--pngs", type=Path, metavar="DIR", help="also write the figures there, as PNG files")
     args = parser.parse_args(arguments)
     first = args.sources[0]
     try:
         if len(args.sources) == 1 and not first.is_file() and not (first / "results.json").is_file():
-            written = write_report(first, args.out)
+            written = write_report(first, args.out, args.pngs)
         else:
-            written = write_overview(args.sources, args.out)
+            written = write_overview(args.sources, args.out, args.pngs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

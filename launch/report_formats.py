@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from launch.figure_style import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page_environment() -> Environment:
-    """Templates with the formats below as filters, and with figures numbered in the order that they are shown."""
+class Page(NamedTuple):
+    """A page as HTML, and its figures in order."""
+
+    html: str
+    figures: list[Figure]
+
+
+def render_page(template: str, **values: Any) -> Page:
+    """The template with the formats below as filters; figures are numbered in the order that they are shown."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -23,17 +31,30 @@ def page_environment() -> Environment:
     )
     environment.filters |= {"number": number, "count": count, "duration": duration, "percent": percent}
     environment.filters |= {"fixed": fixed, "visible": visible}
-    numbers = itertools.count(1)
-    environment.globals["next_number"] = lambda: next(numbers)
-    return environment
+    shown: list[Figure] = []
+
+    def next_number(figure: Figure) -> int:
+        shown.append(figure)
+        return len(shown)
+
+    environment.globals["next_number"] = next_number
+    return Page(environment.get_template(template).render(**values), shown)
 
 
-def write_page(page: str, path: Path) -> Path:
-    """Write the page in one go and return where it is."""
+def write_page(page: Page, path: Path, pngs: Path | None = None) -> Path:
+    """Write the page in one go and return where it is.
+
+    Args:
+        pngs: directory for its figures as `figure-N.png`, with the page's numbers.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page.html, encoding="utf-8")
     temporary.replace(path)
+    if pngs is not None:
+        pngs.mkdir(parents=True, exist_ok=True)
+        for shown, figure in enumerate(page.figures, 1):
+            (pngs / f"figure-{shown}.png").write_bytes(figure.png())
     return path
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from launch import report_figures as figures
 from launch.config import STAGES
-from launch.report_formats import number, page_environment, percent, write_page
+from launch.report_formats import Page, number, percent, render_page, write_page
 from launch.tracking import read_metrics
 
 STAGE_TITLES = {
@@ -64,13 +64,13 @@ class Inputs:
     """config.yaml of the codec's stage, or of another stage where the codec has none."""
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write the page and return where it is.
+def write_report(run_dir: Path, out: Path | None = None, pngs: Path | None = None) -> Path:
+    """Write the page, and its figures to `pngs`, and return where it is.
 
     Raises:
         ValueError: the directory holds neither report.json nor any stage's metrics.jsonl.
     """
-    return write_page(render(read_inputs(run_dir)), run_dir / "report.html" if out is None else out)
+    return write_page(render(read_inputs(run_dir)), run_dir / "report.html" if out is None else out, pngs)
 
 
 def read_inputs(run_dir: Path) -> Inputs:
@@ -101,15 +101,15 @@ def read_inputs(run_dir: Path) -> Inputs:
     return Inputs(run_dir, report, curves, config)
 
 
-def render(inputs: Inputs) -> str:
-    """The page as HTML."""
-    environment = page_environment()
+def render(inputs: Inputs) -> Page:
+    """The page."""
     report = inputs.report
     codec = report.get("codec") or inputs.config.get("codec") or {}
     speed = report.get("speed") or {}
     samples = report.get("samples") or {}
     levels = (report.get("codebook") or {}).get("levels") or []
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         name=inputs.config.get("name") or inputs.run_dir.name,
         codec=codec_facts(codec),
         findings=findings(report),

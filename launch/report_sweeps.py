@@ -14,23 +14,25 @@ from launch import report_sweep_figures as figures
 from launch.chain import REPOSITORY
 from launch.report_answers import answers
 from launch.report_data import read_report
-from launch.report_formats import page_environment, write_page
+from launch.report_formats import Page, render_page, write_page
 from launch.results import TABLE, backbone_parameters, cell, figures_of, summary
 from rqvae.config import ArchitectureConfig
 
 QWEN3 = {"0.6B": "qwen3_0.6b", "1.7B": "qwen3_1.7b", "4B": "qwen3_4b", "8B": "qwen3_8b"}
 MAX_SAMPLES = 6
+EXPLORER_TOKENS = 64
 
 
-def write_overview(sources: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page and return where it is: `report.html` in the first source's directory if `out` is None.
+def write_overview(sources: Sequence[Path], out: Path | None = None, pngs: Path | None = None) -> Path:
+    """Write the page, and its figures to `pngs`, and return where it is: by default `report.html` in the first
+    source's directory.
 
     Raises:
         ValueError: a source is neither a sweep nor a run, or two sweeps have one name.
     """
     first = sources[0].parent if sources[0].is_file() else sources[0]
     target = first / "report.html" if out is None else out
-    return write_page(render(read_sources(sources), target.parent), target)
+    return write_page(render(read_sources(sources), target.parent), target, pngs)
 
 
 def read_sources(sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -96,8 +98,8 @@ def qwen3_sizes() -> dict[str, float]:
     return found
 
 
-def render(sweeps: Mapping[str, Mapping[str, Any]], beside: Path) -> str:
-    """The page as HTML; links to runs are relative to the directory `beside`."""
+def render(sweeps: Mapping[str, Mapping[str, Any]], beside: Path) -> Page:
+    """The page; links to runs are relative to the directory `beside`."""
     runs = [run for results in sweeps.values() for run in results["runs"] if run["state"] == "finished"]
     sizes = qwen3_sizes()
     maps = [
@@ -121,23 +123,20 @@ def render(sweeps: Mapping[str, Mapping[str, Any]], beside: Path) -> str:
         target = page if page.is_file() else page.parent
         return os.path.relpath(target, (REPOSITORY / beside).resolve())
 
-    return (
-        page_environment()
-        .get_template("sweeps.html.j2")
-        .render(
-            sweeps=sweeps,
-            answers=answers(sweeps, sizes),
-            columns=TABLE,
-            cell=cell,
-            href=href,
-            num_runs=len(runs),
-            frontier=figures.frontier(runs),
-            rate=figures.rate_distortion(runs),
-            heat_maps=[drawn for drawn in maps if drawn is not None],
-            scaling=figures.scaling(sized, sizes),
-            samples=samples(runs),
-            explorer=json.dumps({"tokens": 64}),
-        )
+    return render_page(
+        "sweeps.html.j2",
+        sweeps=sweeps,
+        answers=answers(sweeps, sizes),
+        columns=TABLE,
+        cell=cell,
+        href=href,
+        num_runs=len(runs),
+        frontier=figures.frontier(runs),
+        rate=figures.rate_distortion(runs),
+        heat_maps=[drawn for drawn in maps if drawn is not None],
+        scaling=figures.scaling(sized, sizes),
+        samples=samples(runs),
+        explorer=json.dumps({"tokens": EXPLORER_TOKENS}),
     )
 
 

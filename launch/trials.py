@@ -141,12 +141,10 @@ class TrialRun:
                 backbone = codec.backbone.model_copy(update={"pretrained": str(base.model)})
                 codec = codec.model_copy(update={"backbone": backbone})
         config = config.model_copy(update={"codec": codec, "stages": StagesConfig(rqvae=config.stages.rqvae)})
-        needs_codes = codec.model == "identity" or "rq_transformer" in trial.stages
-        kind = "codec" if needs_codes else "codec-without-codes"
         return Shared(
-            named(config, kind + ("-latents" if with_latents else ""), trial.shared),
+            named(config, "codec-latents" if with_latents else "codec", trial.shared),
             None if codec.model == "identity" else "rqvae",
-            needs_codes,
+            codec.model == "identity" or "rq_transformer" in trial.stages,
             with_latents,
         )
 

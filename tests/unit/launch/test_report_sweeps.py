@@ -149,7 +149,15 @@ def test_wrong_sources_are_named(tmp_path: Path, root: Path, capsys: pytest.Capt
     assert main([str(root / "codebook"), str(root / "codebook/results.json")]) == 2
     assert "another source named codebook" in capsys.readouterr().err
     (tmp_path / "run/report.json").write_text(json.dumps({"bits_per_byte": {"base_lm": 2.0}}))
-    assert main([str(root / "codebook"), str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    pngs = ["--pngs", str(tmp_path / "pngs")]
+    assert (
+        main([str(root / "codebook"), str(tmp_path / "run"), "--out", str(tmp_path / "page.html"), *pngs])
+        == 0
+    )
+    drawn = sorted((tmp_path / "pngs").iterdir())
+    assert [path.name for path in drawn] == [f"figure-{number}.png" for number in range(1, len(drawn) + 1)]
+    assert len(drawn) >= 4
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     assert "codebook, run" in " ".join((tmp_path / "page.html").read_text().split())
 
 
