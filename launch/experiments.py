@@ -128,24 +128,30 @@ def run_trial(
     failed_parts: dict[str, str],
 ) -> bool:
     """Run one trial and record what became of it; returns whether it failed."""
-    record: dict[str, Any] = {"state": "running"}
     try:
-        for needed in with_reference(trial, planned):
-            build_data(needed, failed_parts)
-        resolved = resolve(trial, planned)
-        record |= {
-            "steps": resolved.steps(),
-            "planned_flops": resolved.flops,
-            "compute_ratio": resolved.ratio,
-        }
-        write_record(trial, record)
-        run = TrialRun(resolved.trial, ranks, sweep.measure, failed_parts)
-        run()
-    except (TrialError, ValueError) as error:
+        lock = RunLock(REPOSITORY / trial.directory)
+    except ValueError as error:  # whoever holds it keeps the record
         print(f"failed: {error}", file=sys.stderr, flush=True)
-        write_record(trial, record | {"state": "failed", "reason": str(error)})
         return True
-    write_record(trial, record | {"state": "finished", "reason": "", "wall_s": run.wall_s})
+    record: dict[str, Any] = {"state": "running"}
+    with lock:
+        try:
+            for needed in with_reference(trial, planned):
+                build_data(needed, failed_parts)
+            resolved = resolve(trial, planned)
+            record |= {
+                "steps": resolved.steps(),
+                "planned_flops": resolved.flops,
+                "compute_ratio": resolved.ratio,
+            }
+            write_record(trial, record)
+            run = TrialRun(resolved.trial, ranks, sweep.measure, failed_parts)
+            run()
+        except (TrialError, ValueError) as error:
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+            write_record(trial, record | {"state": "failed", "reason": str(error)})
+            return True
+        write_record(trial, record | {"state": "finished", "reason": "", "wall_s": run.wall_s})
     return False
 
 

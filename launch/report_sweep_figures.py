@@ -187,7 +187,9 @@ def codebook_heat_map(runs: Sequence[Run], key: str, title: str) -> Figure | Non
     axes.grid(visible=False)
     axes.invert_yaxis()
     axes.set_xlabel("level, coarse to fine")
-    drawing.colorbar(shades, ax=axes, pad=0.02).solids.set_rasterized(False)
+    solids = drawing.colorbar(shades, ax=axes, pad=0.02).solids
+    if solids is not None:
+        solids.set_rasterized(False)
     return finish(
         drawing, f"{title} by trial and level, on the evaluated split. Uniform usage is no goal by itself."
     )

@@ -68,33 +68,32 @@ class TrialRun:
     wall_s: float = 0.0
 
     def __call__(self) -> None:
-        """Run everything that is not done.
+        """Run everything that is not done. The caller holds the trial's directory.
 
         Raises:
             TrialError: a step failed.
-            ValueError: the directory is in use, or the configuration is no good after all.
+            ValueError: the configuration is no good after all.
         """
         trial, config, project = self.trial, self.trial.config, self.trial.directory
-        with RunLock(REPOSITORY / project):
-            write_config(config)
-            load_config(REPOSITORY / project / CONFIG)
-            base = self.shared_base() if "base_lm" in trial.stages else None
-            codec = self.shared_codec(base)
-            self.make(base, [])
-            self.make(codec, [base.model] if base is not None and trial.starts_from_base_lm else [])
-            models = self.link(base, codec)
-            commands = Commands(config, str(project / CONFIG), [], self.ranks)
-            steps: list[Step] = []
-            if "rq_transformer" in trial.stages:
-                steps += commands.train("rq_transformer", [codes_directory(codec.config)])
-                models.append(commands.models / "rq_transformer")
-            if "evaluate" in self.measure:
-                steps.append(commands.evaluate(models))
-            if "benchmark" in self.measure and {"base_lm", "rq_transformer"} <= set(trial.stages):
-                steps.append(commands.benchmark(models))
-            if "report" in self.measure and "evaluate" in self.measure:
-                steps.append(commands.report())
-            self.run(steps, config)
+        write_config(config)
+        load_config(REPOSITORY / project / CONFIG)
+        base = self.shared_base() if "base_lm" in trial.stages else None
+        codec = self.shared_codec(base)
+        self.make(base, [])
+        self.make(codec, [base.model] if base is not None and trial.starts_from_base_lm else [])
+        models = self.link(base, codec)
+        commands = Commands(config, str(project / CONFIG), [], self.ranks)
+        steps: list[Step] = []
+        if "rq_transformer" in trial.stages:
+            steps += commands.train("rq_transformer", [codes_directory(codec.config)])
+            models.append(commands.models / "rq_transformer")
+        if "evaluate" in self.measure:
+            steps.append(commands.evaluate(models))
+        if "benchmark" in self.measure and {"base_lm", "rq_transformer"} <= set(trial.stages):
+            steps.append(commands.benchmark(models))
+        if "report" in self.measure and "evaluate" in self.measure:
+            steps.append(commands.report())
+        self.run(steps, config)
 
     def make(self, shared: Shared | None, inputs: Sequence[Path]) -> None:
         """Train what is shared, unless it is there; another process that is at it is waited for."""
@@ -219,18 +218,33 @@ def link(place: Path, target: Path) -> None:
 
 
 def write_record(trial: PlannedTrial, values: Mapping[str, Any]) -> None:
-    """What became of a trial, in its directory."""
+    """What became of a trial, in its directory.
+
+    Args:
+        trial: as planned, its steps not matched yet.
+    """
     path = REPOSITORY / trial.directory / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    content = {**values, "settings": settings_hash(trial)}
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def read_record(trial: PlannedTrial) -> dict[str, Any]:
-    """What `write_record` wrote; of a trial that was not started, that it was not run."""
+    """What `write_record` wrote of this trial with these settings, else that it was not run."""
     path = REPOSITORY / trial.directory / RECORD
     if not path.is_file():
-        return {"state": "not run", "reason": ""}
+        return {"state": "not run", "reason": trial.spec.not_run}
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("settings") != settings_hash(trial):
+        return {"state": "not run", "reason": "its settings have changed since it was run"}
     return values
+
+
+def settings_hash(trial: PlannedTrial) -> str:
+    """Names all that a trial's figures depend on."""
+    values = trial.config.model_dump(mode="json", exclude={"tracking", "stages"})
+    stages = trial.config.stages.model_dump(mode="json", exclude_unset=True)
+    spec = trial.spec.model_dump(mode="json", include={"pretrained_backbone", "match_compute"})
+    return short_hash({**values, "stages": stages, "trained": trial.stages, **spec})

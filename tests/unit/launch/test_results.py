@@ -102,3 +102,12 @@ def test_figures_of_an_earlier_try_are_not_shown(tmp_path: Path) -> None:
     finish(trials[0], report(3.0))
     write_record(trials[0], {"state": "failed", "reason": "stopped"})
     assert collect(sweep, trials)["trials"][0]["figures"] == {}
+
+
+def test_figures_of_other_settings_are_not_shown(tmp_path: Path) -> None:
+    sweep, trials = prepared(tmp_path, [0])
+    finish(trials[0], report(3.0))
+    assert collect(sweep, trials)["trials"][0]["state"] == "finished"
+    changed = plan_trials(sweep, [f"run_root={tmp_path}", "codec.codebook_dim=4"])
+    row = collect(sweep, changed)["trials"][0]
+    assert (row["state"], row["reasons"]) == ("not run", ["its settings have changed since it was run"])
