@@ -248,11 +248,14 @@ SERIES = (
 
 
 def series(runs: Sequence[Run], kind: str | None, key: str) -> list[tuple[float, float]]:
-    """Size and bits of the runs of a kind of codec (None: any), each size and value once."""
+    """Size and bits of the runs of a kind of codec (None: any), each size and value once; trials of plain AR alone,
+    which train for longer, are left out."""
     found = {
         (float(run["backbone_parameters"]), float(run["figures"][key]))
         for run in runs
-        if key in run["figures"] and run.get("backbone_parameters") and kind in (None, run["codec"])
+        if key in run["figures"]
+        and run.get("backbone_parameters")
+        and run["codec"] in ((kind,) if kind else _KINDS)
     }
     return sorted(found)
 

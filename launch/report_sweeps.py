@@ -150,7 +150,7 @@ def samples(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue
         shown.append(
             {
-                "trial": run["trial"],
+                "title": "/".join(Path(run["directory"]).parts[-2:]),
                 "directory": run["directory"],
                 "bound": run["figures"].get("bound"),
                 "reconstruction": (found.get("reconstructions") or [None])[0],

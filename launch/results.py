@@ -139,7 +139,7 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
         return run | figures_of(report)
     # The identity codec that it is evaluated with has nothing to say here.
     found = figures_of(report, "total_base_lm")
-    for name in ("token_accuracy", "codes_bits_per_token"):
+    for name in ("token_accuracy", "codes_bits_per_token", "bound_tokens"):
         found["figures"].pop(name, None)
     return run | found | {"codebook": {key: [] for key in LEVELS}}
 

@@ -104,6 +104,18 @@ def test_figures_of_an_earlier_try_are_not_shown(tmp_path: Path) -> None:
     assert collect(sweep, trials)["trials"][0]["figures"] == {}
 
 
+def test_a_trial_of_plain_ar_has_no_figures_of_a_codec(tmp_path: Path) -> None:
+    """It is evaluated with the identity codec, whose figures are not its own."""
+    sweep, trials = prepared(tmp_path, [0])
+    values = report(3.0)
+    values["bits_per_byte"] = {"base_lm": 2.5, "latent_reconstruction": 0.0}
+    values |= {"rate": {"codes_bits_per_token": 8.3}, "compute": {"total_base_lm": {"train_flops": 1e12}}}
+    finish(trials[2], {name: part for name, part in values.items() if name not in ("brier_lm", "speed")})
+    run = collect(sweep, trials)["runs"][2]
+    assert run["figures"] == {"ar": 2.5, "ar_trial": 2.5, "train_flops": 1e12}
+    assert run["codec"] is None and not any(run["codebook"].values())
+
+
 def test_figures_of_other_settings_are_not_shown(tmp_path: Path) -> None:
     sweep, trials = prepared(tmp_path, [0])
     finish(trials[0], report(3.0))
