@@ -7,10 +7,9 @@ from typing import Any
 
 from data_pipeline import TokenDataset
 from data_pipeline.errors import DatasetError
-from launch import flops
 from launch.config import RunConfig, load_config
-from launch.latent_model import latent_model_config
 from launch.tracking import read_metrics
+from launch.training_flops import encoding_flops, stage_flops
 
 STAGES = ("base_lm", "rqvae", "rq_transformer", "joint")
 
@@ -37,7 +36,7 @@ def compute_report(project: Path) -> dict[str, Any]:
         report[stage] = {
             "steps": steps,
             "train_tokens": steps * tokens_per_step,
-            "train_flops": _flops_per_token(stage, config, steps) * tokens_per_step,
+            "train_flops": stage_flops(stage, config, steps),
             "wall_s": max((record.get("time_s", 0.0) for record in records), default=0.0),
         }
     if "rq_transformer" in configs and (encoded := _encoding(configs["rq_transformer"], project / "codes")):
@@ -58,24 +57,6 @@ def compute_report(project: Path) -> dict[str, Any]:
     return report
 
 
-def _flops_per_token(stage: str, config: RunConfig, steps: int) -> float:
-    """Training FLOPs of all steps, per token of a step."""
-    length, factor = config.data.sample_length, config.codec.compression_factor
-    if stage == "base_lm":
-        architecture = config.codec.backbone.architecture
-        return 3 * steps * (flops.backbone(architecture, length / 2) + flops.head(architecture))
-    total = 0.0
-    if stage in ("rqvae", "joint"):
-        codec = flops.codec(config.codec, length)
-        frozen = min(steps, config.train.frozen_steps)
-        total += frozen * codec.train_frozen + (steps - frozen) * codec.train_full
-    if stage in ("rq_transformer", "joint"):
-        name = "RQTransformer" if config.latent_model.model == "rq_transformer" else "FlatTransformer"
-        forward = flops.latent_model(name, latent_model_config(config), length / factor)
-        total += 3 * steps * forward / factor
-    return total
-
-
 def _encoding(config: RunConfig, codes: Path) -> dict[str, Any]:
     """One pass of the encoder over the splits that there are codes of; empty where codes or text are gone."""
     sources = {source.name: source.directory for source in config.data.mixture} or {"": config.data.directory}
@@ -87,5 +68,4 @@ def _encoding(config: RunConfig, codes: Path) -> dict[str, Any]:
                     tokens += len(TokenDataset(directory, split)) * config.data.sample_length
                 except (DatasetError, OSError):
                     return {}
-    per_token = flops.codec(config.codec, config.data.sample_length).encode
-    return {"train_tokens": tokens, "train_flops": per_token * tokens} if tokens else {}
+    return {"train_tokens": tokens, "train_flops": encoding_flops(config, tokens)} if tokens else {}

@@ -254,9 +254,36 @@ def load_config(path: str | Path, stage: Stage | None = None, overrides: Sequenc
     Raises:
         ConfigError: a ValueError that lists every mistake with its dotted path.
     """
+    values = read_config_file(path)
+    return compose_config(values, f"{path} with overrides" if overrides else str(path), stage, overrides)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The values of a run configuration's file and its parents, architecture files in their places; not checked.
+
+    Raises:
+        ConfigError: the file cannot be read, or is of another kind.
+    """
     values = read_yaml(path, inline=_ARCHITECTURES)
-    source = f"{path} with overrides" if overrides else str(path)
-    values = _inline_architectures(apply_overrides(_without_overridden(values, overrides), overrides))
+    if "trials" in values:
+        raise ConfigError(
+            str(path),
+            [
+                f"trials: this is a sweep, not a run; start it with: python launch/experiments.py --sweep {path}"
+            ],
+        )
+    return values
+
+
+def compose_config(
+    values: Mapping[str, Any], source: str, stage: Stage | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """`load_config` of values that have been read.
+
+    Args:
+        source: where they come from; begins the error message.
+    """
+    values = inline_architectures(apply_overrides(_without_overridden(values, overrides), overrides))
     written_for = values.get("stage")
     if stage is not None and written_for is not None and stage != written_for:
         raise ConfigError(
@@ -329,15 +356,15 @@ def _without(values: Any, path: Sequence[str]) -> Any:
     return {**values, path[0]: _without(values[path[0]], path[1:])}
 
 
-def _inline_architectures(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace architecture paths that came from overrides by the files' content."""
+def inline_architectures(values: dict[str, Any], directory: Path = Path()) -> dict[str, Any]:
+    """`values` with the paths of architecture files, relative to `directory`, replaced by the files' content."""
     for dotted in _ARCHITECTURES:
         names = dotted.split(".")
         node: Any = values
         for name in names:
             node = node.get(name) if isinstance(node, Mapping) else None
         if isinstance(node, str):
-            content = read_yaml(node)
+            content = read_yaml(directory / node)
             for name in reversed(names):
                 content = {name: content}
             values = merge(values, content)

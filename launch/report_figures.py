@@ -1,73 +1,31 @@
-"""The report's figures, as SVG that is inlined into the page and takes its text colour and font from it."""
+"""Figures of the page of one run."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+
+from launch.figure_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PAPER,
+    PURPLE,
+    Figure,
+    canvas,
+    finish,
+    ramp,
+    styled,
+)
 
 Records = Sequence[Mapping[str, Any]]
-
-# Stand-ins for colours of the page, replaced in the SVG.
-_INK, _RULE, _PAPER = "#010203", "#040506", "#070809"
-# Readable on a white and on a near-black page (contrast above 3:1 on both).
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#3a78c9", "#c96a12", "#2b8f5a", "#9a5fd0", "#808790"
-# Coarse to fine levels, from blue to orange.
-_RAMP = ("#3a78c9", "#2f86b5", "#2b8f93", "#2b8f5a", "#6f8a1f", "#a07c12", "#c96a12", "#d0533c")
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.linewidth": 0.7,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.5,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.transparent": True,
-}
 _MAX_POINTS = 400
-_NUMBER = "@number@"
-
-
-_styled = matplotlib.rc_context(_STYLE)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: the drawing and its caption, which says in words what it shows."""
-
-    drawing: str
-    caption: str
-
-    def svg(self, number: int) -> str:
-        """The drawing as the page's figure `number`: an element whose ids are unique in the page."""
-        return self.drawing.replace(_NUMBER, str(number))
 
 
 def codebook_sizes(codec: Mapping[str, Any]) -> list[int]:
@@ -86,7 +44,7 @@ def level_bits(codec: Mapping[str, Any]) -> list[float]:
     return list(itertools.accumulate(math.log2(size) / factor for size in codebook_sizes(codec)))
 
 
-@_styled
+@styled
 def training(curves: Mapping[str, Records], titles: Mapping[str, str]) -> list[Figure]:
     """Loss of every stage, and token accuracy where a stage has one."""
     drawn = []
@@ -95,7 +53,7 @@ def training(curves: Mapping[str, Records], titles: Mapping[str, str]) -> list[F
             train, validation = (_series(records, key, split) for split in ("train", "validation"))
             if not train[0] and not validation[0]:
                 continue
-            canvas, axes = _canvas(f"{titles[stage]}: {label}")
+            drawing, axes = canvas(f"{titles[stage]}: {label}")
             axes.plot(*_thinned(*train), color=GREY, linewidth=1.1, label="training")
             axes.plot(*validation, color=BLUE, marker="o", markersize=3, label="validation")
             axes.set_xlabel("optimizer step")
@@ -104,11 +62,11 @@ def training(curves: Mapping[str, Records], titles: Mapping[str, str]) -> list[F
             axes.legend(loc="best")
             last = f" Last validation: {validation[1][-1]:.4g}." if validation[1] else " Not validated yet."
             noun = "Loss" if key == "loss" else "Token accuracy"
-            drawn.append(_finish(canvas, f"{noun} of the {titles[stage]} over training.{last}{switches}"))
+            drawn.append(finish(drawing, f"{noun} of the {titles[stage]} over training.{last}{switches}"))
     return drawn
 
 
-@_styled
+@styled
 def codebooks_over_training(curves: Mapping[str, Records], codec: Mapping[str, Any]) -> list[Figure]:
     """Perplexity and usage of every codebook level over training."""
     records = curves.get("rqvae") or curves.get("joint") or []
@@ -127,24 +85,24 @@ def codebooks_over_training(curves: Mapping[str, Records], codec: Mapping[str, A
         levels = _levels(records, f"codebook/{key}_")
         if not levels:
             continue
-        canvas, axes = _canvas(title)
+        drawing, axes = canvas(title)
         for level in levels:
             steps, values = _series(records, f"codebook/{key}_{level}", "train")
             if key == "perplexity" and level < len(sizes):
                 values = [value / sizes[level] for value in values]
             axes.plot(
-                *_thinned(steps, values), color=_ramp(level, len(levels)), label=str(level), linewidth=1.2
+                *_thinned(steps, values), color=ramp(level, len(levels)), label=str(level), linewidth=1.2
             )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
         _level_legend(axes, len(levels))
         of_size = ", divided by its number of codes" if key == "perplexity" and sizes else ""
-        drawn.append(_finish(canvas, f"{caption}{of_size}, over training; 0 is the coarsest level."))
+        drawn.append(finish(drawing, f"{caption}{of_size}, over training; 0 is the coarsest level."))
     return drawn
 
 
-@_styled
+@styled
 def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figure]:
     """Rate against distortion and accuracy by level, and the usage histogram, on the evaluated split."""
     codebook = report.get("codebook") or {}
@@ -158,7 +116,7 @@ def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figur
         values = [level.get(key) for level in levels]
         if not values or any(value is None for value in values) or len(bits) != len(values):
             continue
-        canvas, axes = _canvas(title)
+        drawing, axes = canvas(title)
         axes.plot(bits, values, color=BLUE, marker="o", markersize=4)
         for level, (x, y) in enumerate(zip(bits, values, strict=True)):
             axes.annotate(str(level), (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8)
@@ -166,23 +124,23 @@ def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figur
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.12 * max(values))
         drawn.append(
-            _finish(
-                canvas,
+            finish(
+                drawing,
                 f"{caption} when decoding with the levels up to and including the numbered one. "
                 f"With all levels: {values[-1]:.4g} at {bits[-1]:.3g} bits per token.",
             )
         )
     histograms = [counts for counts in codebook.get("histograms") or [] if sum(counts) > 0]
     if histograms:
-        canvas, axes = _canvas("Codebook usage")
+        drawing, axes = canvas("Codebook usage")
         for level, counts in enumerate(histograms):
             mean = sum(counts) / len(counts)
             shares = [(index + 0.5) / len(counts) for index in range(len(counts))]
             used = [(x, c / mean) for x, c in zip(shares, counts, strict=True) if c > 0]
             axes.plot(
-                *zip(*used, strict=True), color=_ramp(level, len(histograms)), label=str(level), linewidth=1.2
+                *zip(*used, strict=True), color=ramp(level, len(histograms)), label=str(level), linewidth=1.2
             )
-        axes.axhline(1, color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.axhline(1, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlim(0, 1)
@@ -190,8 +148,8 @@ def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figur
         axes.set_ylabel("uses over uniform")
         _level_legend(axes, len(histograms))
         drawn.append(
-            _finish(
-                canvas,
+            finish(
+                drawing,
                 "How often each code is used, relative to uniform usage (dashed), most used first; a line "
                 "that ends early has unused codes. Uniform usage is no goal: predictable codes are.",
             )
@@ -199,14 +157,14 @@ def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figur
     return drawn
 
 
-@_styled
+@styled
 def bits_per_byte(report: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
     """Bars of bits per byte, the latent model's split into codes and tokens given codes."""
     bits = report.get("bits_per_byte") or {}
     rows = [key for key in titles if bits.get(key) is not None]
     if not rows:
         return None
-    canvas, axes = _canvas("Bits per UTF-8 byte, lower is better", width=5.4, height=0.7 + 0.42 * len(rows))
+    drawing, axes = canvas("Bits per UTF-8 byte, lower is better", width=5.4, height=0.7 + 0.42 * len(rows))
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
     for row, key in enumerate(rows):
@@ -218,7 +176,7 @@ def bits_per_byte(report: Mapping[str, Any], titles: Mapping[str, str]) -> Figur
             )
         left = 0.0
         for width, color in parts:
-            axes.barh(row, width, left=left, color=color, height=0.62, edgecolor=_PAPER, linewidth=0.8)
+            axes.barh(row, width, left=left, color=color, height=0.62, edgecolor=PAPER, linewidth=0.8)
             left += width
         sign = "≤ " if key == "latent_bound" else ""
         axes.annotate(
@@ -236,10 +194,10 @@ def bits_per_byte(report: Mapping[str, Any], titles: Mapping[str, str]) -> Figur
                 f": {bits['latent_codes']:.3g} for the codes (orange) plus "
                 f"{bits['latent_reconstruction']:.3g} for the tokens given the codes (purple)"
             )
-    return _finish(canvas, caption + ".")
+    return finish(drawing, caption + ".")
 
 
-@_styled
+@styled
 def speed_split(speed: Mapping[str, Any]) -> Figure | None:
     """Bars of decoding time: autoregressive, and the latent model's by part."""
     ar = speed.get("ar_ms")
@@ -255,7 +213,7 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
     ]
     if ar is None and not parts:
         return None
-    canvas, axes = _canvas("Time per token", width=5.4, height=1.75)
+    drawing, axes = canvas("Time per token", width=5.4, height=1.75)
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
     labels = []
@@ -267,7 +225,7 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
         row, left = len(labels), 0.0
         for name, width, color in parts:
             axes.barh(
-                row, width, left=left, color=color, height=0.6, label=name, edgecolor=_PAPER, linewidth=0.8
+                row, width, left=left, color=color, height=0.6, label=name, edgecolor=PAPER, linewidth=0.8
             )
             left += width
         axes.annotate(f"{left:.3g}", (left, row), xytext=(4, 0), textcoords="offset points", va="center")
@@ -282,75 +240,7 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
     caption = "Time per kept token of each sequence"
     if speed.get("batch_size"):
         caption += f", batch size {speed['batch_size']}"
-    return _finish(canvas, caption + (f"; latent decoding is {split}." if split else "."))
-
-
-@_styled
-def race(table: Mapping[str, Any]) -> Figure | None:
-    """Bars of decoding time of all rows of a table of `launch/benchmark.py inference`, latent ones by part."""
-    rows = table["rows"]
-    if not rows:
-        return None
-    canvas, axes = _canvas("Time per token, lower is better", width=6.2, height=0.9 + 0.34 * len(rows))
-    axes.grid(axis="x")
-    axes.grid(visible=False, axis="y")
-    colors = {"encode": GREY, "spatial": ORANGE, "depth": PURPLE, "decode": GREEN}
-    shown: set[str] = set()
-    for place, row in enumerate(rows):
-        split, left = row["split_ms_per_token"] or {}, 0.0
-        for part, width in split.items():
-            label = None if part in shown else part
-            axes.barh(place, width, left=left, color=colors[part], height=0.62, label=label)
-            shown.add(part)
-            left += width
-        rest = row["ms_per_token"] - left
-        axes.barh(place, max(rest, 0.0), left=left, color=BLUE if not split else _RULE, height=0.62)
-        axes.annotate(
-            f"{row['ms_per_token']:.3g}", (row["ms_per_token"], place), xytext=(4, 0),
-            textcoords="offset points", va="center",
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("milliseconds per kept token of each sequence")
-    if shown:
-        axes.legend(loc="lower right", ncols=4, borderaxespad=0, columnspacing=1)
-    return _finish(
-        canvas,
-        "Milliseconds per kept token: "
-        + ", ".join(f"{row['name']} {row['ms_per_token']:.3g}" for row in rows)
-        + ". Bars of latent decoding are split into encoding the prompt, spatial and depth transformer, and decoder.",
-    )
-
-
-def _canvas(title: str, width: float = 4.5, height: float = 2.7) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(width, height), layout="constrained")
-    axes = canvas.add_subplot()
-    axes.set_title(title)
-    return canvas, axes
-
-
-def _finish(canvas: Canvas, caption: str) -> Figure:
-    """The drawing as an SVG element that can stand beside others in one page."""
-    buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    view = re.search(r'viewBox="[^"]*"', svg)
-    assert view is not None
-    label = f"figure-{_NUMBER}-caption"
-    svg = svg.replace("xlink:href", "href")
-    # Element ids are unique within a drawing only.
-    prefix = f"figure-{_NUMBER}-"
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = re.sub(r"<svg[^>]*>", f'<svg {view[0]} role="img" aria-labelledby="{label}">', svg, count=1)
-    svg = svg.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
-    svg = re.sub(r"font: ([^\"';]*?)([\d.]+px)[^;\"]*", r"font: \1\2 var(--sans)", svg)
-    for stand_in, color in ((_INK, "currentColor"), (_RULE, "var(--rule)"), (_PAPER, "var(--paper)")):
-        svg = svg.replace(stand_in, color)
-    return Figure(svg.strip(), caption)
+    return finish(drawing, caption + (f"; latent decoding is {split}." if split else "."))
 
 
 def _series(records: Records, key: str, split: str) -> tuple[list[int], list[float]]:
@@ -380,10 +270,6 @@ def _levels(records: Records, prefix: str) -> list[int]:
     return sorted(int(name.removeprefix(prefix)) for name in names if name.removeprefix(prefix).isdigit())
 
 
-def _ramp(level: int, count: int) -> str:
-    return _RAMP[0 if count < 2 else round(level * (len(_RAMP) - 1) / (count - 1))]
-
-
 def _level_legend(axes: Axes, count: int) -> None:
     if count <= 12:
         axes.legend(
@@ -408,7 +294,7 @@ def _mark_switches(axes: Axes, records: Records) -> str:
                 marks.append((previous["step"], "quantization"))
         previous = record
     for step, _ in marks:
-        axes.axvline(step, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     return f" Dotted: {', '.join(f'{what} from step {step}' for step, what in marks)}." if marks else ""
 
 

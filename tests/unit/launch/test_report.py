@@ -13,7 +13,9 @@ import pytest
 
 from launch import report_figures
 from launch.config import load_config
-from launch.report import duration, headline_rows, number, percent, read_inputs, write_report
+from launch.figure_style import Figure
+from launch.report_formats import duration, number, percent
+from launch.report_run import headline_rows, read_inputs, write_report
 from launch.tracking import MetricsLog
 
 ROOT = Path(__file__).parents[3]
@@ -202,9 +204,7 @@ def test_missing_parts_say_so_with_the_command(run: Path) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the rendering of the drawings out: a tenth of a second each."""
-    monkeypatch.setattr(
-        report_figures, "_finish", lambda _, caption: report_figures.Figure("<svg></svg>", caption)
-    )
+    monkeypatch.setattr(report_figures, "finish", lambda _, caption: Figure("<svg></svg>", caption))
 
 
 @pytest.mark.usefixtures("undrawn")
