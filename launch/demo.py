@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from launch.chain import REPOSITORY, Step, chain, only, run_steps, seconds_of
+from launch.chain import chain, only
 from launch.config import load_config
 from launch.paths import project_directory
 from launch.report_data import read_report
+from launch.steps import REPOSITORY, Step, run_steps, seconds_of
 
 RECORDS = "demo"
 """Directory in the project for what was done."""

@@ -24,10 +24,11 @@ from typing import Any
 
 from data_pipeline.errors import NotADatasetError
 from data_pipeline.yaml_config import validate
-from launch.chain import REPOSITORY, Commands, run_steps
+from launch.chain import Commands
 from launch.matching import match_compute, planned_flops, with_steps
 from launch.results import write_results
 from launch.run_lock import RunLock
+from launch.steps import REPOSITORY, run_steps
 from launch.sweep import PlannedTrial, Sweep, load_sweep, plan_trials, short_hash
 from launch.training_flops import tokens_to_encode
 from launch.trials import CONFIG, TrialError, TrialRun, write_config, write_record

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from launch import report_sweep_figures as figures
-from launch.chain import REPOSITORY
 from launch.report_answers import answers
 from launch.report_data import read_report
 from launch.report_formats import Page, render_page, write_page
 from launch.results import TABLE, backbone_parameters, cell, figures_of, summary
+from launch.steps import REPOSITORY
 from rqvae.config import ArchitectureConfig
 
 QWEN3 = {"0.6B": "qwen3_0.6b", "1.7B": "qwen3_1.7b", "4B": "qwen3_4b", "8B": "qwen3_8b"}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import flops
-from launch.chain import REPOSITORY
 from launch.report_data import read_report
+from launch.steps import REPOSITORY
 from launch.sweep import PlannedTrial, Sweep
 from launch.trials import read_record
 from rqvae.config import ArchitectureConfig

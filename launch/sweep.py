@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.yaml_config import ConfigError, merge, read_yaml, validate
-from launch.chain import as_text
 from launch.config import RunConfig, compose_config, inline_architectures, read_config_file
+from launch.steps import as_text
 from rqvae.config import StrictModel
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.chain import REPOSITORY, Commands, Failure, Step, run_steps, seconds_of
+from launch.chain import Commands
 from launch.config import BenchmarkConfig, EvaluationConfig, RunConfig, StagesConfig, load_config
 from launch.paths import codes_directory, model_directory, project_directory, run_directory
 from launch.run_lock import RunLock
+from launch.steps import REPOSITORY, Failure, Step, run_steps, seconds_of
 from launch.sweep import PlannedTrial, short_hash
 from rqvae.config import LatentModelConfig, RQVAEConfig
 

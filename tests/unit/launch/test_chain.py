@@ -11,46 +11,46 @@ from pathlib import Path
 
 import pytest
 
-from launch import chain, run_status
+from launch import chain, run_status, steps
 from launch.config import load_config
 from launch.report_data import read_report, update_report
 
 
 @pytest.fixture
-def step(tmp_path: Path) -> chain.Step:
+def step(tmp_path: Path) -> steps.Step:
     (tmp_path / "input").write_text("text")
     (tmp_path / "output").mkdir()
     (tmp_path / "output/result").write_text("result")
-    return chain.Step("step", ["command", "--master_port", "1"], [tmp_path / "input"], [tmp_path / "output"])
+    return steps.Step("step", ["command", "--master_port", "1"], [tmp_path / "input"], [tmp_path / "output"])
 
 
-def test_a_step_is_done_only_as_long_as_nothing_changed(step: chain.Step, tmp_path: Path) -> None:
+def test_a_step_is_done_only_as_long_as_nothing_changed(step: steps.Step, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    assert not chain.is_done(step, record)
-    chain.mark(step, record, finished=False)
-    assert chain.was_interrupted(step, record)
-    assert not chain.is_done(step, record)
-    chain.mark(step, record, finished=True, seconds=1.0)
-    assert chain.is_done(step, record)
+    assert not steps.is_done(step, record)
+    steps.mark(step, record, finished=False)
+    assert steps.was_interrupted(step, record)
+    assert not steps.is_done(step, record)
+    steps.mark(step, record, finished=True, seconds=1.0)
+    assert steps.is_done(step, record)
     # The port is no content.
-    assert chain.is_done(
-        chain.Step("step", ["command", "--master_port", "2"], step.inputs, step.outputs), record
+    assert steps.is_done(
+        steps.Step("step", ["command", "--master_port", "2"], step.inputs, step.outputs), record
     )
-    assert not chain.is_done(chain.Step("step", ["other"], step.inputs, step.outputs), record)
+    assert not steps.is_done(steps.Step("step", ["other"], step.inputs, step.outputs), record)
     (tmp_path / "output/result").write_text("damaged")
-    assert not chain.is_done(step, record)
+    assert not steps.is_done(step, record)
     (tmp_path / "output/result").write_text("result")
-    assert chain.is_done(step, record)
+    assert steps.is_done(step, record)
     (tmp_path / "input").write_text("other text")
-    assert not chain.is_done(step, record)
-    assert not chain.was_interrupted(step, record)
+    assert not steps.is_done(step, record)
+    assert not steps.was_interrupted(step, record)
 
 
 def test_outputs_outside_the_project_are_kept(tmp_path: Path) -> None:
     inside, outside = tmp_path / "project/model", tmp_path / "data"
     for directory in (inside, outside):
         directory.mkdir(parents=True)
-    chain.remove_outputs(chain.Step("step", [], [], [inside, outside]), tmp_path / "project")
+    steps.remove_outputs(steps.Step("step", [], [], [inside, outside]), tmp_path / "project")
     assert not inside.exists()
     assert outside.exists()
 
@@ -70,7 +70,7 @@ def test_training_is_done_when_it_says_so_itself(tmp_path: Path) -> None:
     says = "from pathlib import Path; from launch import run_status; run_status"
 
     def run(code: str) -> int:
-        return chain.run(chain.Step("train", [sys.executable, "-c", code], [], [], run_directory=tmp_path))
+        return steps.run(steps.Step("train", [sys.executable, "-c", code], [], [], run_directory=tmp_path))
 
     assert run(f"{says}.finished(Path('{tmp_path}'), 9)") == 0
     assert run(f"{says}.running(Path('{tmp_path}'))") == 1
@@ -79,12 +79,12 @@ def test_training_is_done_when_it_says_so_itself(tmp_path: Path) -> None:
     assert run("raise SystemExit(3)") == 3
 
 
-def test_other_settings_are_another_step(step: chain.Step, tmp_path: Path) -> None:
+def test_other_settings_are_another_step(step: steps.Step, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    chain.mark(step, record, finished=True)
-    assert chain.is_done(step, record)
-    other = chain.Step(step.name, step.command, step.inputs, step.outputs, settings="steps: 9")
-    assert not chain.is_done(other, record)
+    steps.mark(step, record, finished=True)
+    assert steps.is_done(step, record)
+    other = steps.Step(step.name, step.command, step.inputs, step.outputs, settings="steps: 9")
+    assert not steps.is_done(other, record)
 
 
 def write_line(path: Path, line: str) -> list[str]:
@@ -97,13 +97,13 @@ def test_the_first_failure_ends_the_chain_and_says_why(tmp_path: Path) -> None:
     fails = (
         "import sys; print('loading'); print('error: no more room\\nfree some', file=sys.stderr); sys.exit(3)"
     )
-    steps = [
-        chain.Step("first", write_line(made, "first"), [], [made]),
-        chain.Step("second", [sys.executable, "-c", fails], [], []),
-        chain.Step("third", write_line(made, "third"), [], [made]),
+    row = [
+        steps.Step("first", write_line(made, "first"), [], [made]),
+        steps.Step("second", [sys.executable, "-c", fails], [], []),
+        steps.Step("third", write_line(made, "third"), [], [made]),
     ]
-    failure = chain.run_steps(steps, tmp_path, tmp_path / "steps", tmp_path / "logs")
-    assert failure == chain.Failure("second", 3, "error: no more room\nfree some")
+    failure = steps.run_steps(row, tmp_path, tmp_path / "steps", tmp_path / "logs")
+    assert failure == steps.Failure("second", 3, "error: no more room\nfree some")
     assert made.read_text() == "first"
     assert "loading" in (tmp_path / "logs/second.log").read_text()
 
@@ -111,7 +111,7 @@ def test_the_first_failure_ends_the_chain_and_says_why(tmp_path: Path) -> None:
 CHAIN = """
 import sys
 from pathlib import Path
-from launch.chain import Step, run_steps
+from launch.steps import Step, run_steps
 
 root = Path(sys.argv[1])
 command = [sys.executable, "-c", sys.argv[2], str(root)]
@@ -134,8 +134,8 @@ time.sleep(0 if again else 600)
 
 def test_a_killed_chain_takes_its_step_along_and_goes_on_behind_what_is_done(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHAIN, str(tmp_path), SECOND]
-    environment = {**os.environ, "PYTHONPATH": str(chain.REPOSITORY)}
-    process = subprocess.Popen(command, env=environment, cwd=chain.REPOSITORY)
+    environment = {**os.environ, "PYTHONPATH": str(steps.REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, cwd=steps.REPOSITORY)
     second = tmp_path / "second"
     while not (second.exists() and second.read_text().endswith("False")):
         assert process.poll() is None
@@ -149,18 +149,18 @@ def test_a_killed_chain_takes_its_step_along_and_goes_on_behind_what_is_done(tmp
         time.sleep(0.05)
     else:
         pytest.fail("the step outlived its chain")
-    again = subprocess.run(command, env=environment, cwd=chain.REPOSITORY, capture_output=True, text=True)
+    again = subprocess.run(command, env=environment, cwd=steps.REPOSITORY, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "first: done already" in again.stdout
     assert (tmp_path / "first").read_text() == "x"
     assert second.read_text().endswith("True")
 
 
-NANO = chain.REPOSITORY / "tests" / "integration" / "nano.yaml"
+NANO = steps.REPOSITORY / "tests" / "integration" / "nano.yaml"
 TOKENS_AS_CODES = ["codec.codebook_levels=null", "codec.codebook_size=null", "latent_model.depth_input=code"]
 
 
-def names(ranks: int, *overrides: str) -> list[chain.Step]:
+def names(ranks: int, *overrides: str) -> list[steps.Step]:
     return chain.chain(load_config(NANO, overrides=overrides), str(NANO), list(overrides), ranks)
 
 
