@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -85,16 +86,20 @@ class SlurmJob:
     def requeue(self, without: tuple[str, ...] = ()) -> None:
         """Put the job back into the queue, if asked not to run on some nodes again. This process ends by it.
 
-        Held until the nodes are excluded, so that it cannot start on them before.
+        Only a job that is not running takes nodes to exclude. Slurm waits two minutes before it starts one that was
+        requeued, so there is time; it is not held meanwhile, as nobody would release it if this process died.
         """
+        # Slurm sends it as soon as the job is back in the queue, also to the commands below.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _output(["scontrol", "requeue", self.job_id])
         if not without:
-            _output(["scontrol", "requeue", self.job_id])
             return
-        _output(["scontrol", "requeuehold", self.job_id])
-        # As many nodes as this job has may be bad, and earlier ones stay excluded.
-        excluded = ",".join(sorted({*without, *_excluded(self.job_id)}))
-        _output(["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={excluded}"])
-        _output(["scontrol", "release", self.job_id])
+        try:
+            excluded = ",".join(sorted({*without, *_excluded(self.job_id)}))  # earlier ones stay excluded
+            _output(["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={excluded}"])
+        except subprocess.SubprocessError as error:
+            why = getattr(error, "stderr", None) or error
+            print(f"slurm: cannot exclude {', '.join(without)}: {why}", file=sys.stderr, flush=True)
 
 
 def ranks_per_node() -> int:

@@ -22,7 +22,7 @@ from launch import run_status
 from launch.config import STAGES, check_world_size, load_config
 from launch.paths import run_directory
 from slurm import history, preflight
-from slurm.outcome import EXIT_SETTINGS, Facts, Limits, Outcome, judge
+from slurm.outcome import EXIT_SETTINGS, Facts, Limits, Outcome, judge, to_exclude
 from slurm.scheduler import SlurmJob
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def attempt(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: 
     bad_nodes = preflight.run(job, directory / "preflight" / job.attempt)
     before = run_status.read(directory)
     exit_status = 1
-    if not bad_nodes and not requests.end:
+    if not (bad_nodes or requests.end or requests.stop):
         exit_status = train(args, job, directory, requests)
     step, status = history.newest_step(directory), run_status.read(directory)
     return Facts(
@@ -135,7 +135,7 @@ def close(job: SlurmJob, directory: Path, outcome: Outcome, facts: Facts) -> int
         f"slurm.train: {reason}; step {step}; {'requeued' if outcome.requeue else 'not requeued'}", flush=True
     )
     if outcome.requeue:
-        job.requeue(facts.bad_nodes)
+        job.requeue(to_exclude(facts.bad_nodes, job.nodes))
     return outcome.exit_status
 
 

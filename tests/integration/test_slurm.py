@@ -109,7 +109,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("slurm")
     # munged, under a user of its own, has to reach its socket.
     for parent in (directory, *directory.parents[:2]):
-        parent.chmod(0o755)
+        parent.chmod(parent.stat().st_mode | 0o055)
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     environment = {**os.environ, "RQVAE_LOCAL_CLUSTER_PORT": str(18600 + 10 * worker)}
     place = str(directory / "cluster")
