@@ -16,8 +16,8 @@ from data_pipeline import CodeDataset, MixtureDataset, TokenDataset
 from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
-from launch.loading import open_tokens
-from launch.paths import codes_directory, source_directories
+from launch.loading import open_tokens, reading_directories
+from launch.paths import codes_directory
 from launch.shards import ShardedState
 from rqvae.anchor_codec import AnchorCodec
 from rqvae.backbone import BaseLM
@@ -74,14 +74,14 @@ class Task(ABC):
         """The data of a split: the one source, or the mixture of all."""
         parts = {
             name: self.open(split, tokens, codes)
-            for name, (tokens, codes) in source_directories(self.config).items()
+            for name, (tokens, codes) in reading_directories(self.config).items()
         }
         weights = {source.name: source.weight for source in self.config.data.mixture}
         return MixtureDataset(parts, weights) if weights else next(iter(parts.values()))
 
     def any_part(self) -> Part:
         """The training split of the first source, for what all have in common."""
-        return self.open("train", *next(iter(source_directories(self.config).values())))
+        return self.open("train", *next(iter(reading_directories(self.config).values())))
 
     def check_data(self, dataset: Dataset) -> None:
         """Refuse data that do not belong to the model, before it is built.

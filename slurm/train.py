@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from launch import run_status
-from launch.config import STAGES, check_world_size, load_config
-from launch.paths import run_directory
-from slurm import history, preflight
+from launch.config import STAGES, RunConfig, check_world_size, load_config
+from launch.paths import run_directory, scratch_directory
+from slurm import history, preflight, staging
 from slurm.outcome import EXIT_SETTINGS, Facts, Limits, Outcome, judge, to_exclude
 from slurm.scheduler import SlurmJob
 
@@ -39,6 +39,10 @@ class Requests:
         signal.signal(signal.SIGUSR2, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
 
+    def stopping(self) -> bool:
+        """Whether this start is to end."""
+        return self.stop or self.end
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:
             self.stop = True
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(args.config, stage=args.stage, overrides=args.overrides)
         job = SlurmJob.from_environment()
         check_world_size(config, len(job.nodes) * job.ranks_per_node)
+        scratch_directory(config)
         limits = limits_of_site()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,17 +72,26 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = Outcome(False, f"given up: start {job.restart + 1}, {earlier} in a row from step {step}", 1)
         facts = Facts(1, {})
     else:
-        facts = attempt(args, job, directory, requests)
+        facts = attempt(args, config, job, directory, requests)
         outcome = judge(facts, limits)
     return close(job, directory, outcome, facts)
 
 
-def attempt(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Requests) -> Facts:
+def attempt(
+    args: argparse.Namespace, config: RunConfig, job: SlurmJob, directory: Path, requests: Requests
+) -> Facts:
     """One start, from the checks of the nodes to the end of training."""
     bad_nodes = preflight.run(job, directory / "preflight" / job.attempt)
     before = run_status.read(directory)
     exit_status = 1
-    if not (bad_nodes or requests.end or requests.stop):
+    if not (bad_nodes or requests.stopping()) and scratch_directory(config) is not None:
+        words = ["--config", args.config, "--stage", args.stage, *args.overrides]
+        reports = directory / "staging" / job.attempt
+        try:
+            bad_nodes = staging.run(job, reports, words, step_environment(), requests.stopping)
+        except ValueError as error:
+            return Facts(1, {"state": "failed", "error": str(error), "retryable": False})
+    if not (bad_nodes or requests.stopping()):
         exit_status = train(args, job, directory, requests)
     step, status = history.newest_step(directory), run_status.read(directory)
     return Facts(

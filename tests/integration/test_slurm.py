@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class Cluster:
     def sbatch(self, *words: str) -> str:
         return self.output("sbatch", "--parsable", f"--output={self.directory}/%j.out", *words)
 
-    def train(self, name: str, data: list[str], *more: str) -> tuple[str, Path]:
-        """train_8b.sh on both nodes; the job and its run directory."""
+    def train(self, name: str, data: list[str], *more: str, options: Sequence[str] = ()) -> tuple[str, Path]:
+        """train_8b.sh on both nodes, with more overrides and options of sbatch; the job and its run directory."""
         source = next(word.partition("=")[2] for word in data if word.startswith("data.source.paths="))
         words = [
             *SHRUNK,
@@ -62,16 +62,19 @@ class Cluster:
             f"name={name}",
             *more,
         ]
-        job = self.sbatch("--nodes=2", *CPU_ONLY, "slurm/train_8b.sh", *words)
+        job = self.sbatch("--nodes=2", *CPU_ONLY, *options, "slurm/train_8b.sh", *words)
         return job, self.directory / name / "rqvae"
 
     def log(self, job: str) -> str:
         path = self.directory / f"{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def state(self, job: str) -> str:
+    def field(self, job: str, name: str) -> str:
         words = self.output("scontrol", "show", "job", job, "--oneliner").split()
-        return next(word.removeprefix("JobState=") for word in words if word.startswith("JobState="))
+        return next(word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}="))
+
+    def state(self, job: str) -> str:
+        return self.field(job, "JobState")
 
     def wait(self, job: str, timeout_s: float = 900) -> str:
         """Until the job has ended for good; its state. Slurm lets a requeued job wait for two minutes: not here."""
@@ -88,6 +91,13 @@ class Cluster:
                 )
             time.sleep(1)
         raise AssertionError(f"job {job} has not ended:\n{self.log(job)}")
+
+    def wait_until_pending(self, job: str, timeout_s: float = 900) -> None:
+        """Until the job is back in the queue."""
+        deadline = time.monotonic() + timeout_s
+        while self.state(job) != "PENDING":
+            assert time.monotonic() < deadline, f"job {job} is not requeued:\n{self.log(job)}"
+            time.sleep(0.5)
 
 
 def wait_for_step(directory: Path, step: int, timeout_s: float = 900) -> None:
@@ -150,6 +160,59 @@ def test_same_losses_as_without_a_stop(cluster: Cluster, nano_data: list[str]) -
         cluster.output(*end, job)
         assert cluster.wait(job) == "COMPLETED", cluster.log(job)
         assert losses(directory) == losses(whole), name
+
+
+@pytest.mark.slow
+def test_the_time_limit_in_mid_training_costs_nothing(cluster: Cluster, nano_data: list[str]) -> None:
+    endless = ["train.steps=4000", "train.global_batch_size=16"]
+    # Slurm looks at time limits every half minute; it announces this one a minute before, to the batch script only.
+    options = ["--time=60", "--signal=B:USR2@60"]
+    job, limited = cluster.train("limited", nano_data, *endless, options=options)
+    wait_for_step(limited, 3)
+    hours, minutes, _ = (int(part) for part in cluster.field(job, "RunTime").split(":"))
+    cluster.output("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+    cluster.wait_until_pending(job)
+    cluster.output("scontrol", "update", f"JobId={job}", "TimeLimit=60", "StartTime=now")
+    end = next(line for line in history.read(limited) if line["event"] == "end")
+    assert (end["outcome"], end["requeued"]) == ("stopped: SIGUSR2", True)
+    last = end["step"] + 3
+    wait_for_step(limited, last)
+    cluster.output("scancel", job)
+    assert [line["step"] for line in history.read(limited) if line["event"] == "start"] == [0, end["step"]]
+
+    job, whole = cluster.train("unlimited", nano_data, *endless)
+    wait_for_step(whole, last)
+    cluster.output("scancel", job)
+    both = [
+        {key: loss for key, loss in losses(place).items() if key[1] <= last} for place in (limited, whole)
+    ]
+    assert both[0] == both[1]
+    assert [step for split, step in both[0] if split == "train"] == list(range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_a_bad_node_is_named_and_left_out(cluster: Cluster, nano_data: list[str]) -> None:
+    """The first node that the job gets has no room, for everything that runs on it; the second has."""
+    bad, prolog, site = (
+        cluster.directory / name for name in ("bad_node", "prolog.sh", "site_of_bad_node.sh")
+    )
+    prolog.write_text(
+        f'#!/bin/bash\n[[ -e {bad} ]] || echo "$SLURMD_NODENAME" >{bad}\n'
+        f'if [[ $(<{bad}) = "$SLURMD_NODENAME" ]]; then echo "export RQVAE_MIN_FREE_GIB=1000000"; fi\n'
+    )
+    prolog.chmod(0o755)
+    site.write_text(
+        f"source {cluster.environment['RQVAE_SITE']}\nexport RQVAE_SRUN_OPTIONS=--task-prolog={prolog}\n"
+    )
+    options = ["--nodes=1", f"--export=ALL,RQVAE_SITE={site}"]
+    job, directory = cluster.train("bad_node", nano_data, options=options)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    first, second = (line for line in history.read(directory) if line["event"] == "start")
+    assert first["nodes"] == [bad.read_text().strip()] != second["nodes"]
+    assert cluster.field(job, "ExcNodeList") == first["nodes"][0]
+    assert f"slurm.preflight: {first['nodes'][0]}: " in cluster.log(job)
+    outcomes = [line["outcome"] for line in history.read(directory) if line["event"] == "end"]
+    assert outcomes == [f"bad node: {first['nodes'][0]}", "finished"]
 
 
 @pytest.mark.slow
