@@ -7,6 +7,9 @@ from pathlib import Path
 
 from launch.config import RunConfig, Stage
 
+TRAINING_SPLITS = ("train", "validation")
+"""What training reads, and so what is encoded; evaluation encodes the test split itself."""
+
 
 def project_directory(config: RunConfig) -> Path:
     """`run_root/name`: everything that belongs together, all stages of one chain."""

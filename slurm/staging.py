@@ -17,10 +17,8 @@ from pathlib import Path
 
 from data_pipeline.staging import stage
 from launch.config import STAGES, RunConfig, load_config
-from launch.paths import scratch_directory, source_directories
+from launch.paths import TRAINING_SPLITS, scratch_directory, source_directories
 from slurm.scheduler import SlurmJob
-
-SPLITS = ("train", "validation")  # that training reads
 
 
 def run(
@@ -71,7 +69,7 @@ def copy_here(config: RunConfig, scratch: Path) -> None:
     """
     for tokens, codes in source_directories(config).values():
         for place in (tokens, codes) if config.stage == "rq_transformer" else (tokens,):
-            print(f"{place} -> {stage(place, scratch, SPLITS)}", flush=True)
+            print(f"{place} -> {stage(place, scratch, TRAINING_SPLITS)}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,9 @@ CLUSTER = str(REPOSITORY / "slurm" / "local_cluster.sh")
 CPU_ONLY = ["--gpus-per-node=0", "--cpus-per-task=1"]
 # qwen3_8b with nothing but its sizes changed, to those of nano.yaml.
 SHRUNK = Path(__file__).with_name("shrunk_8b.txt").read_text().split()
+# One phase, for tests of what is around the training.
+TWO_STEPS = ["train.steps=2", "train.frozen_steps=0", "train.switch_warmup_steps=0"]
+TWO_STEPS += ["train.quantizer_warmup_steps=0", "train.warmup_steps=1"]
 
 
 class Cluster:
@@ -50,8 +53,10 @@ class Cluster:
     def sbatch(self, *words: str) -> str:
         return self.output("sbatch", "--parsable", f"--output={self.directory}/%j.out", *words)
 
-    def train(self, name: str, data: list[str], *more: str, options: Sequence[str] = ()) -> tuple[str, Path]:
-        """train_8b.sh on both nodes, with more overrides and options of sbatch; the job and its run directory."""
+    def train(
+        self, name: str, data: list[str], *more: str, options: Sequence[str] = (), size: str = "8b"
+    ) -> tuple[str, Path]:
+        """train_SIZE.sh on both nodes, with more overrides and options of sbatch; the job and its run directory."""
         source = next(word.partition("=")[2] for word in data if word.startswith("data.source.paths="))
         words = [
             *SHRUNK,
@@ -62,7 +67,7 @@ class Cluster:
             f"name={name}",
             *more,
         ]
-        job = self.sbatch("--nodes=2", *CPU_ONLY, *options, "slurm/train_8b.sh", *words)
+        job = self.sbatch("--nodes=2", *CPU_ONLY, *options, f"slurm/train_{size}.sh", *words)
         return job, self.directory / name / "rqvae"
 
     def log(self, job: str) -> str:
@@ -164,7 +169,7 @@ def test_same_losses_as_without_a_stop(cluster: Cluster, nano_data: list[str]) -
 
 @pytest.mark.slow
 def test_the_time_limit_in_mid_training_costs_nothing(cluster: Cluster, nano_data: list[str]) -> None:
-    endless = ["train.steps=4000", "train.global_batch_size=16"]
+    endless = ["train.steps=100000"]
     # Slurm looks at time limits every half minute; it announces this one a minute before, to the batch script only.
     options = ["--time=60", "--signal=B:USR2@60"]
     job, limited = cluster.train("limited", nano_data, *endless, options=options)
@@ -191,28 +196,47 @@ def test_the_time_limit_in_mid_training_costs_nothing(cluster: Cluster, nano_dat
 
 
 @pytest.mark.slow
-def test_a_bad_node_is_named_and_left_out(cluster: Cluster, nano_data: list[str]) -> None:
-    """The first node that the job gets has no room, for everything that runs on it; the second has."""
-    bad, prolog, site = (
-        cluster.directory / name for name in ("bad_node", "prolog.sh", "site_of_bad_node.sh")
-    )
+@pytest.mark.parametrize(
+    ("step", "setting"),
+    [("preflight", "RQVAE_MIN_FREE_GIB=1000000"), ("staging", "RQVAE_STAGE_DIR=/proc/no-disk")],
+)
+def test_a_bad_node_is_named_and_left_out(
+    cluster: Cluster, nano_data: list[str], step: str, setting: str
+) -> None:
+    """Everything that runs on the first node that the job gets has a setting that it cannot fulfil."""
+    place = cluster.directory / f"bad_{step}"
+    place.mkdir()
+    bad, prolog, site = place / "node", place / "prolog.sh", place / "site.sh"
     prolog.write_text(
         f'#!/bin/bash\n[[ -e {bad} ]] || echo "$SLURMD_NODENAME" >{bad}\n'
-        f'if [[ $(<{bad}) = "$SLURMD_NODENAME" ]]; then echo "export RQVAE_MIN_FREE_GIB=1000000"; fi\n'
+        f'if [[ $(<{bad}) = "$SLURMD_NODENAME" ]]; then echo "export {setting}"; fi\n'
     )
     prolog.chmod(0o755)
     site.write_text(
-        f"source {cluster.environment['RQVAE_SITE']}\nexport RQVAE_SRUN_OPTIONS=--task-prolog={prolog}\n"
+        f"source {cluster.environment['RQVAE_SITE']}\n"
+        f"export RQVAE_STAGE_DIR={place / 'scratch'} RQVAE_SRUN_OPTIONS=--task-prolog={prolog}\n"
     )
+    # The ranks of the good node do not get the setting, and read the copy that was made there.
     options = ["--nodes=1", f"--export=ALL,RQVAE_SITE={site}"]
-    job, directory = cluster.train("bad_node", nano_data, options=options)
+    job, directory = cluster.train(f"bad_{step}_run", nano_data, *TWO_STEPS, options=options)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     first, second = (line for line in history.read(directory) if line["event"] == "start")
     assert first["nodes"] == [bad.read_text().strip()] != second["nodes"]
     assert cluster.field(job, "ExcNodeList") == first["nodes"][0]
-    assert f"slurm.preflight: {first['nodes'][0]}: " in cluster.log(job)
+    assert f"slurm.{step}: {first['nodes'][0]}: " in cluster.log(job)
     outcomes = [line["outcome"] for line in history.read(directory) if line["event"] == "end"]
     assert outcomes == [f"bad node: {first['nodes'][0]}", "finished"]
+    assert "slurm.staging: 1 nodes, 0 bad" in cluster.log(job)
+    assert len(list((place / "scratch").glob("*/manifest.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["0.6b", "1.7b", "4b"])
+def test_the_other_sizes(cluster: Cluster, nano_data: list[str], size: str) -> None:
+    job, directory = cluster.train(f"size_{size}", nano_data, *TWO_STEPS, options=["--nodes=1"], size=size)
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    assert run_status.read(directory)["slurm"]["outcome"] == "finished"
+    assert [step for split, step in losses(directory) if split == "train"] == [1, 2]
 
 
 @pytest.mark.slow
