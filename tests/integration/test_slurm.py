@@ -10,134 +10,41 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch import run_status
 from slurm import history
-from tests.integration.conftest import NANO, REPOSITORY, command_environment, records
+from tests.integration.conftest import NANO
+from tests.integration.local_slurm import (
+    CLUSTER,
+    Cluster,
+    NoSlurmError,
+    losses,
+    running_cluster,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.slurm
-CLUSTER = str(REPOSITORY / "slurm" / "local_cluster.sh")
-CPU_ONLY = ["--gpus-per-node=0", "--cpus-per-task=1"]
-# qwen3_8b with nothing but its sizes changed, to those of nano.yaml.
-SHRUNK = Path(__file__).with_name("shrunk_8b.txt").read_text().split()
 # One phase, for tests of what is around the training.
 TWO_STEPS = ["train.steps=2", "train.frozen_steps=0", "train.switch_warmup_steps=0"]
 TWO_STEPS += ["train.quantizer_warmup_steps=0", "train.warmup_steps=1"]
 
 
-class Cluster:
-    """A started one, and a place for runs."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        site = directory / "site.sh"
-        site.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
-        self.environment = {
-            **command_environment(),
-            "SLURM_CONF": str(directory / "cluster" / "slurm.conf"),
-            "RQVAE_SITE": str(site),
-        }
-
-    def output(self, *command: str) -> str:
-        result = subprocess.run(
-            command, cwd=REPOSITORY, env=self.environment, capture_output=True, text=True, timeout=120
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout.strip()
-
-    def sbatch(self, *words: str) -> str:
-        return self.output("sbatch", "--parsable", f"--output={self.directory}/%j.out", *words)
-
-    def train(
-        self, name: str, data: list[str], *more: str, options: Sequence[str] = (), size: str = "8b"
-    ) -> tuple[str, Path]:
-        """train_SIZE.sh on both nodes, with more overrides and options of sbatch; the job and its run directory."""
-        source = next(word.partition("=")[2] for word in data if word.startswith("data.source.paths="))
-        words = [
-            *SHRUNK,
-            *(word for word in data if not word.startswith("data.source.")),
-            f"data.source={{kind: jsonl, paths: {source}}}",
-            "data.tokenizer={kind: bpe, vocab_size: 320}",
-            f"run_root={self.directory}",
-            f"name={name}",
-            *more,
-        ]
-        job = self.sbatch("--nodes=2", *CPU_ONLY, *options, f"slurm/train_{size}.sh", *words)
-        return job, self.directory / name / "rqvae"
-
-    def log(self, job: str) -> str:
-        path = self.directory / f"{job}.out"
-        return path.read_text() if path.exists() else ""
-
-    def field(self, job: str, name: str) -> str:
-        words = self.output("scontrol", "show", "job", job, "--oneliner").split()
-        return next(word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}="))
-
-    def state(self, job: str) -> str:
-        return self.field(job, "JobState")
-
-    def wait(self, job: str, timeout_s: float = 900) -> str:
-        """Until the job has ended for good; its state. Slurm lets a requeued job wait for two minutes: not here."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            state = self.state(job)
-            if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
-                return state
-            if state == "PENDING":
-                subprocess.run(
-                    ["scontrol", "update", f"JobId={job}", "StartTime=now"],
-                    env=self.environment,
-                    capture_output=True,
-                )
-            time.sleep(1)
-        raise AssertionError(f"job {job} has not ended:\n{self.log(job)}")
-
-    def wait_until_pending(self, job: str, timeout_s: float = 900) -> None:
-        """Until the job is back in the queue."""
-        deadline = time.monotonic() + timeout_s
-        while self.state(job) != "PENDING":
-            assert time.monotonic() < deadline, f"job {job} is not requeued:\n{self.log(job)}"
-            time.sleep(0.5)
-
-
-def wait_for_step(directory: Path, step: int, timeout_s: float = 900) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not any(line["step"] >= step for line in records(directory / "metrics.jsonl")):
-        assert time.monotonic() < deadline, f"no step {step}"
-        time.sleep(0.2)
-
-
-def losses(directory: Path) -> dict[tuple[str, int], Any]:
-    lines = records(directory / "metrics.jsonl")
-    found = {(line["split"], line["step"]): line["loss"] for line in lines}
-    assert len(found) == len(lines), "a step is there twice"
-    return found
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    directory = tmp_path_factory.mktemp("slurm")
-    # munged, under a user of its own, has to reach its socket.
-    for parent in (directory, *directory.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o055)
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    environment = {**os.environ, "RQVAE_LOCAL_CLUSTER_PORT": str(18600 + 10 * worker)}
-    place = str(directory / "cluster")
-    started = subprocess.run([CLUSTER, "start", place], env=environment, capture_output=True, text=True)
-    if started.returncode != 0:
-        subprocess.run([CLUSTER, "stop", place], env=environment, capture_output=True)
-        pytest.skip(f"no Slurm here: {started.stderr.strip().splitlines()[-1:]}")
-    yield Cluster(directory)
-    subprocess.run([CLUSTER, "stop", place], env=environment, capture_output=True, check=True)
+    try:
+        with running_cluster(tmp_path_factory.mktemp("slurm"), 18600 + 10 * worker) as started:
+            yield started
+    except NoSlurmError as error:
+        pytest.skip(str(error))
 
 
 def test_two_nodes_stop_requeue_and_finish(cluster: Cluster, nano_data: list[str]) -> None:
-    job, directory = cluster.train("requeued", nano_data)
+    job, directory = cluster.train("requeued", nano_data, options=["--export=ALL,RQVAE_PREFLIGHT=full"])
     wait_for_step(directory, 3)
     cluster.output("scancel", "--signal=USR2", job)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
