@@ -14,6 +14,9 @@ source "$RQVAE_CODE/.venv/bin/activate"
 # export TORCH_EXTENSIONS_DIR=/project/$USER/torch-extensions
 # export TRITON_CACHE_DIR=$TMPDIR/triton
 
+# Copies of the training data on every node's own disk, kept from job to job; where it is unset, data are read in place.
+# export RQVAE_STAGE_DIR=/scratch/$USER/rqvae-data
+
 # A container, by the options that your srun takes for it.
 # export RQVAE_SRUN_OPTIONS="--container-image=/project/images/rqvae.sqsh --container-mounts=/project:/project"
 

@@ -17,7 +17,7 @@ import pytest
 
 from launch import run_status
 from slurm import history
-from tests.integration.conftest import NANO
+from tests.integration.conftest import NANO, clone_program
 from tests.integration.local_slurm import (
     CLUSTER,
     Cluster,
@@ -138,12 +138,35 @@ def test_a_bad_node_is_named_and_left_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["0.6b", "1.7b", "4b"])
+@pytest.mark.parametrize("size", ["1.7b", "4b"])
 def test_the_other_sizes(cluster: Cluster, nano_data: list[str], size: str) -> None:
     job, directory = cluster.train(f"size_{size}", nano_data, *TWO_STEPS, options=["--nodes=1"], size=size)
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     assert run_status.read(directory)["slurm"]["outcome"] == "finished"
     assert [step for split, step in losses(directory) if split == "train"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_submitted_job_runs_its_snapshot(cluster: Cluster, nano_data: list[str], tmp_path: Path) -> None:
+    """train_0.6b.sh, submitted by launch/submit.py; the program changes while the job waits."""
+    clone = clone_program(tmp_path / "clone")
+    words = ["--config", "configs/qwen3_0.6b.yaml", "--gpus-per-node=0", "--sbatch=--cpus-per-task=1"]
+    result = subprocess.run(
+        [sys.executable, "launch/submit.py", *words, *cluster.overrides("submitted", nano_data, *TWO_STEPS)],
+        cwd=clone,
+        env={**cluster.environment, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    for program in ("launch", "slurm"):
+        (clone / program / "train.py").write_text("raise SystemExit('not what was submitted')\n")
+    project = cluster.directory / "submitted"
+    job = json.loads((project / "jobs.jsonl").read_text())["id"]
+    assert cluster.wait(job) == "COMPLETED", (project / "slurm" / f"rqvae-{job}.out").read_text()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True)
+    git = json.loads((project / "rqvae" / "env" / "git.json").read_text())
+    assert git == {"commit": head.stdout.strip(), "dirty": False}
 
 
 @pytest.mark.slow

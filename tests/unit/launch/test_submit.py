@@ -20,7 +20,7 @@ from launch.config import RunConfig, load_config
 from launch.loading import reading_directories
 from launch.paths import TRAINING_SPLITS, codes_directory
 from launch.submission_checks import check_data, check_disk, check_plan
-from tests.integration.conftest import NANO, REPOSITORY, write_corpus
+from tests.integration.conftest import NANO, REPOSITORY, clone_program, write_corpus
 
 
 @pytest.fixture
@@ -134,15 +134,7 @@ def test_training_reads_the_copies_on_the_node(
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """The program under version control of its own."""
-    place = tmp_path / "clone"
-    for name in ("configs", "data_pipeline", "launch", "rqvae", "slurm"):
-        shutil.copytree(
-            REPOSITORY / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "site.sh")
-        )
-    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"]):
-        subprocess.run(["git", *words], cwd=place, check=True)
-    return place
+    return clone_program(tmp_path / "clone")
 
 
 def submit_in(clone: Path, *words: str) -> subprocess.CompletedProcess[str]:
