@@ -91,15 +91,18 @@ class SlurmJob:
         """
         # Slurm sends it as soon as the job is back in the queue, also to the commands below.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _output(["scontrol", "requeue", self.job_id])
+        try:
+            _output(["scontrol", "requeue", self.job_id])
+        except subprocess.SubprocessError as error:
+            print(f"slurm: cannot requeue, submit it again: {_why(error)}", file=sys.stderr, flush=True)
+            return
         if not without:
             return
         try:
             excluded = ",".join(sorted({*without, *_excluded(self.job_id)}))  # earlier ones stay excluded
             _output(["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={excluded}"])
         except subprocess.SubprocessError as error:
-            why = getattr(error, "stderr", None) or error
-            print(f"slurm: cannot exclude {', '.join(without)}: {why}", file=sys.stderr, flush=True)
+            print(f"slurm: cannot exclude {', '.join(without)}: {_why(error)}", file=sys.stderr, flush=True)
 
 
 def ranks_per_node() -> int:
@@ -118,6 +121,10 @@ def _excluded(job_id: str) -> set[str]:
     if names in ("", "(null)"):
         return set()
     return set(_output(["scontrol", "show", "hostnames", names]).split())
+
+
+def _why(error: subprocess.SubprocessError) -> str:
+    return str(getattr(error, "stderr", None) or error).strip()
 
 
 def _output(command: list[str]) -> str:
