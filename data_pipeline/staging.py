@@ -12,15 +12,15 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.code_manifest import CODE_MANIFEST_NAME, load_code_manifest
+from data_pipeline.code_manifest import CODE_MANIFEST_NAME, CodeShardEntry, load_code_manifest
 from data_pipeline.errors import CorruptShardError, MissingShardError, NotADatasetError
 from data_pipeline.files import atomic_writer
-from data_pipeline.manifest import MANIFEST_NAME, load_manifest
+from data_pipeline.manifest import MANIFEST_NAME, ShardEntry, load_manifest
 from data_pipeline.shards import index_path, tar_path
 
 _CHUNK = 1 << 22
@@ -94,6 +94,7 @@ def staged(directory: Path, scratch: Path) -> Path:
 def _contents(directory: Path, splits: Iterable[str]) -> tuple[Path, str, Files]:
     """Manifest, fingerprint, and all other files."""
     files: Files = {}
+    shards: dict[str, Sequence[ShardEntry | CodeShardEntry]]
     if (directory / MANIFEST_NAME).is_file() or not directory.is_dir():
         name, tokens = Path(MANIFEST_NAME), load_manifest(directory)
         fingerprint = tokens.fingerprint
