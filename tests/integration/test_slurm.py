@@ -30,7 +30,7 @@ from tests.integration.local_slurm import (
 pytestmark = pytest.mark.slurm
 # One phase, for tests of what is around the training.
 TWO_STEPS = ["train.steps=2", "train.frozen_steps=0", "train.switch_warmup_steps=0"]
-TWO_STEPS += ["train.quantizer_warmup_steps=0", "train.warmup_steps=1"]
+TWO_STEPS += ["train.quantizer_warmup_steps=0", "train.warmup_steps=1", "tracking.wandb=disabled"]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def test_same_losses_as_without_a_stop(cluster: Cluster, nano_data: list[str]) -
 
 @pytest.mark.slow
 def test_the_time_limit_in_mid_training_costs_nothing(cluster: Cluster, nano_data: list[str]) -> None:
-    endless = ["train.steps=100000"]
+    endless = ["train.steps=100000", "tracking.wandb=disabled"]
     # Slurm looks at time limits every half minute; it announces this one a minute before, to the batch script only.
-    options = ["--time=60", "--signal=B:USR2@60"]
+    options = ["--nodes=1", "--time=60", "--signal=B:USR2@60"]
     job, limited = cluster.train("limited", nano_data, *endless, options=options)
     wait_for_step(limited, 3)
     hours, minutes, _ = (int(part) for part in cluster.field(job, "RunTime").split(":"))
@@ -92,7 +92,7 @@ def test_the_time_limit_in_mid_training_costs_nothing(cluster: Cluster, nano_dat
     cluster.output("scancel", job)
     assert [line["step"] for line in history.read(limited) if line["event"] == "start"] == [0, end["step"]]
 
-    job, whole = cluster.train("unlimited", nano_data, *endless)
+    job, whole = cluster.train("unlimited", nano_data, *endless, options=["--nodes=1"])
     wait_for_step(whole, last)
     cluster.output("scancel", job)
     both = [
@@ -202,7 +202,7 @@ def test_preemption(cluster: Cluster, nano_data: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_dead_node_costs_no_more_than_since_the_checkpoint(cluster: Cluster, nano_data: list[str]) -> None:
-    job, directory = cluster.train("dead", nano_data, "train.checkpoint_every=2")
+    job, directory = cluster.train("dead", nano_data, "train.checkpoint_every=2", "tracking.wandb=disabled")
     wait_for_step(directory, 5)
     subprocess.run([CLUSTER, "kill-node", "n2", str(cluster.directory / "cluster")], check=True)
     time.sleep(20)
