@@ -17,7 +17,7 @@ from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
 from launch.loading import open_tokens, reading_directories
-from launch.paths import codes_directory
+from launch.paths import codes_directory, source_directories
 from launch.shards import ShardedState
 from rqvae.anchor_codec import AnchorCodec
 from rqvae.backbone import BaseLM
@@ -81,7 +81,7 @@ class Task(ABC):
 
     def any_part(self) -> Part:
         """The training split of the first source, for what all have in common."""
-        return self.open("train", *next(iter(reading_directories(self.config).values())))
+        return self.open("train", *next(iter(source_directories(self.config).values())))
 
     def check_data(self, dataset: Dataset) -> None:
         """Refuse data that do not belong to the model, before it is built.

@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> int:
         torch.cuda.set_device(device)
     patience = timedelta(seconds=TIMEOUT_S / 2)
     # Before all are there: whoever has come this far is not the one that the others wait for.
-    store = dist.TCPStore(address, int(port), world_size, rank == 0, patience, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, int(port), world_size, rank == 0, patience, wait_for_workers=False
+    )
     node = os.environ["SLURMD_NODENAME"]
     (directory / f"{node}.joined").touch()
     dist.init_process_group(

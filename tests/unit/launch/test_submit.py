@@ -20,6 +20,7 @@ from launch.config import RunConfig, load_config
 from launch.loading import reading_directories
 from launch.paths import TRAINING_SPLITS, codes_directory
 from launch.submission_checks import check_data, check_disk, check_plan
+from launch.tasks import create_task
 from tests.integration.conftest import NANO, REPOSITORY, clone_program, write_corpus
 
 
@@ -120,6 +121,10 @@ def test_training_reads_the_copies_on_the_node(
     monkeypatch.setenv("RQVAE_STAGE_DIR", str(tmp_path / "scratch"))
     with pytest.raises(ValueError, match="no complete copy"):
         reading_directories(config)
+    base = config.for_stage("base_lm")
+    with pytest.raises(ValueError, match="no complete copy"):
+        create_task(base).dataset("train")
+    assert len(create_task(base).any_part())  # what converting a checkpoint asks for, on any machine
     copy_here(config, tmp_path / "scratch")
     tokens, codes = reading_directories(config)[""]
     assert {tokens.parent, codes.parent} == {tmp_path / "scratch"}
