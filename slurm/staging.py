@@ -69,7 +69,7 @@ def copy_here(config: RunConfig, scratch: Path) -> None:
     """
     for tokens, codes in source_directories(config).values():
         for place in (tokens, codes) if config.stage == "rq_transformer" else (tokens,):
-            print(f"{place} -> {stage(place, scratch, TRAINING_SPLITS)}", flush=True)
+            stage(place, scratch, TRAINING_SPLITS)
 
 
 def main(arguments: list[str] | None = None) -> int:
