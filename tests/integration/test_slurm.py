@@ -20,6 +20,7 @@ from slurm import history
 from tests.integration.conftest import NANO, clone_program, records
 from tests.integration.local_slurm import (
     CLUSTER,
+    CPU_ONLY,
     Cluster,
     NoSlurmError,
     losses,
@@ -190,14 +191,20 @@ def test_a_mistake_is_not_repeated(cluster: Cluster, nano_data: list[str]) -> No
 
 @pytest.mark.slow
 def test_preemption(cluster: Cluster, nano_data: list[str]) -> None:
-    job, directory = cluster.train("preempted", nano_data)
+    job, directory = cluster.train("preempted", nano_data, "train.steps=100000")
     wait_for_step(directory, 3)
-    urgent = cluster.sbatch(
-        "--nodes=2", "--exclusive", "--partition=urgent", "slurm/run.sh", "launch/submit.py", "--help"
-    )
-    cluster.wait(urgent)
-    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
-    assert sorted(step for split, step in losses(directory) if split == "train") == list(range(1, 9))
+    words = ["--nodes=2", *CPU_ONLY, "--exclusive", "--partition=urgent"]
+    urgent = cluster.sbatch(*words, "slurm/run.sh", "launch/submit.py", "--help")
+    cluster.wait_until_pending(job)
+    reached = max(line["step"] for line in records(directory / "metrics.jsonl"))
+    assert cluster.wait(urgent) == "COMPLETED", cluster.log(urgent)
+    cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for_step(directory, reached + 1)
+    cluster.output("scancel", job)
+    first, second = (line for line in history.read(directory) if line["event"] == "start")
+    assert first["step"] == 0 and reached - 1 <= second["step"] <= reached
+    steps = [step for split, step in losses(directory) if split == "train"]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
