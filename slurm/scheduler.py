@@ -113,6 +113,11 @@ def ranks_per_node() -> int:
     return 1
 
 
+def shutdown_s() -> int:
+    """Seconds that ranks have for a step and a checkpoint once they are asked to end: RQVAE_SHUTDOWN_S, else 300."""
+    return int(os.environ.get("RQVAE_SHUTDOWN_S", "300"))
+
+
 def _excluded(job_id: str) -> set[str]:
     fields = _output(["scontrol", "show", "job", job_id, "--oneliner"]).split()
     names = next(

@@ -23,7 +23,7 @@ from launch.config import STAGES, RunConfig, check_world_size, load_config
 from launch.paths import run_directory, scratch_directory
 from slurm import history, preflight, staging
 from slurm.outcome import EXIT_SETTINGS, Facts, Limits, Outcome, judge, to_exclude
-from slurm.scheduler import SlurmJob
+from slurm.scheduler import SlurmJob, shutdown_s
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEAT_S = 5.0
@@ -116,7 +116,7 @@ def train(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Re
     command.insert(1, "--kill-on-bad-exit=1")
     before = run_status.read(directory)
     process = subprocess.Popen(command, env=step_environment())
-    last_asked = -REPEAT_S
+    last_asked, ended = -REPEAT_S, None
     while True:
         try:
             return process.wait(0.5)
@@ -127,6 +127,11 @@ def train(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Re
             if requests.stop and not is_over and time.monotonic() - last_asked >= REPEAT_S:
                 process.send_signal(signal.SIGUSR2)  # srun passes it on to every process of the step
                 last_asked = time.monotonic()
+            # srun waits for ever for a node that lost its step and came back before Slurm took it for dead.
+            ended = (ended or time.monotonic()) if is_over else None
+            if ended is not None and time.monotonic() - ended > 2 * shutdown_s():
+                print("slurm.train: srun does not end though the run has; left behind", flush=True)
+                process.kill()
 
 
 def step_environment() -> dict[str, str]:

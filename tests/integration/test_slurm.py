@@ -208,15 +208,22 @@ def test_preemption(cluster: Cluster, nano_data: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_node_costs_no_more_than_since_the_checkpoint(cluster: Cluster, nano_data: list[str]) -> None:
+@pytest.mark.parametrize("back", ["at_once", "later"])
+def test_a_dead_node_costs_no_more_than_since_the_checkpoint(
+    cluster: Cluster, nano_data: list[str], back: str
+) -> None:
+    """A node that is back before Slurm takes it for dead leaves an srun that waits for ever."""
     settings = ["train.steps=100000", "train.checkpoint_every=2", "tracking.wandb=disabled"]
-    job, directory = cluster.train("dead", nano_data, *settings)
+    place = str(cluster.directory / "cluster")
+    options = ["--export=ALL,RQVAE_SHUTDOWN_S=20"]
+    job, directory = cluster.train(f"dead_{back}", nano_data, *settings, options=options)
     wait_for_step(directory, 5)
-    subprocess.run([CLUSTER, "kill-node", "n2", str(cluster.directory / "cluster")], check=True)
-    time.sleep(20)  # until Slurm takes it for dead
-    reached = max(line["step"] for line in records(directory / "metrics.jsonl"))
-    subprocess.run([CLUSTER, "start-node", "n2", str(cluster.directory / "cluster")], check=True)
+    subprocess.run([CLUSTER, "kill-node", "n2", place], check=True)
+    if back == "at_once":
+        subprocess.run([CLUSTER, "start-node", "n2", place], check=True)
     cluster.wait_until_pending(job)
+    reached = max(line["step"] for line in records(directory / "metrics.jsonl"))
+    subprocess.run([CLUSTER, "start-node", "n2", place], check=True)
     cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for_step(directory, reached + 1)
     cluster.output("scancel", job)
