@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -233,33 +233,52 @@ def test_a_dead_node_costs_no_more_than_since_the_checkpoint(
     assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.slow
-def test_pipeline_to_the_report_and_one_killed_task(cluster: Cluster, nano_corpus: Path) -> None:
-    parts = cluster.directory / "parts"
+def pipeline(cluster: Cluster, corpus: Path, name: str) -> Callable[[], dict[str, str]]:
+    """What submits the chain on four files of text and returns the ids of its jobs so far; each call again."""
+    parts = cluster.directory / f"{name}_parts"
     parts.mkdir()
-    lines = nano_corpus.read_text().splitlines(keepends=True)
+    lines = corpus.read_text().splitlines(keepends=True)
     for index in range(4):
         (parts / f"{index}.jsonl").write_text("".join(lines[index::4]))
     words = ["--config", str(NANO), "--job", "pipeline", "--gpus-per-node=0", "--no-snapshot"]
     words += ["--sbatch=--gpus=0", "--sbatch=--cpus-per-task=1"]
-    overrides = [f"run_root={cluster.directory}", "name=pipeline", "tracking.wandb=disabled", "train.steps=4"]
-    overrides += [f"data.directory={cluster.directory}/shards", f"data.source.paths={parts}/*.jsonl"]
+    overrides = [f"run_root={cluster.directory}", f"name={name}", "tracking.wandb=disabled", "train.steps=4"]
+    overrides += [f"data.directory={cluster.directory}/{name}_shards", f"data.source.paths={parts}/*.jsonl"]
     overrides += ["stages.rqvae={frozen_steps: 1, switch_warmup_steps: 1, quantizer_warmup_steps: 1}"]
-    submit = [sys.executable, "launch/submit.py", *words, *overrides, "train.warmup_steps=1"]
 
-    def jobs() -> dict[str, str]:
-        file = cluster.directory / "pipeline" / "jobs.jsonl"
-        return {line["name"]: line["id"] for line in map(json.loads, file.read_text().splitlines())}
+    def submit() -> dict[str, str]:
+        cluster.output(sys.executable, "launch/submit.py", *words, *overrides, "train.warmup_steps=1")
+        return jobs_of(cluster.directory / name)
 
-    cluster.output(*submit)
-    first = jobs()
-    cluster.output(
-        "scancel", f"{first['build_data']}_2"
-    )  # a task is lost: the rest of the chain goes with it
+    return submit
+
+
+def jobs_of(project: Path) -> dict[str, str]:
+    """The newest job of each name."""
+    lines = (project / "jobs.jsonl").read_text().splitlines()
+    return {line["name"]: line["id"] for line in map(json.loads, lines)}
+
+
+@pytest.mark.slow
+def test_one_killed_task_is_redone_alone(cluster: Cluster, nano_corpus: Path) -> None:
+    submit = pipeline(cluster, nano_corpus, "killed")
+    first = submit()
+    cluster.output("scancel", f"{first['build_data']}_2")
+    # The rest of the chain goes with it, once the other tasks are done.
     assert cluster.wait(first["submit_rest"]) == "CANCELLED"
-    cluster.output(*submit)
-    again = jobs()["build_data"]
-    assert cluster.output("scontrol", "show", "job", again, "--oneliner").count("ArrayTaskId=") == 1
-    assert cluster.wait(jobs()["submit_rest"]) == "COMPLETED"
-    assert cluster.wait(jobs()["report"], 1800) == "COMPLETED"
-    assert (cluster.directory / "pipeline" / "report.html").is_file()
+    assert cluster.wait(first["merge_data"]) == "CANCELLED"
+    again = submit()
+    tasks = cluster.output("scontrol", "show", "job", again["build_data"], "--oneliner").splitlines()
+    assert [line.split("ArrayTaskId=")[1].split()[0].partition("%")[0] for line in tasks] == ["2"]
+    assert cluster.wait(again["merge_data"]) == "COMPLETED"
+    assert cluster.wait(again["submit_rest"]) == "COMPLETED"
+    cluster.output("scancel", *jobs_of(cluster.directory / "killed").values())
+
+
+@pytest.mark.slow
+def test_pipeline_to_the_report(cluster: Cluster, nano_corpus: Path) -> None:
+    submit = pipeline(cluster, nano_corpus, "pipeline")
+    assert cluster.wait(submit()["submit_rest"]) == "COMPLETED"
+    project = cluster.directory / "pipeline"
+    assert cluster.wait(jobs_of(project)["report"], 3600) == "COMPLETED"
+    assert (project / "report.html").is_file()
