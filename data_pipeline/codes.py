@@ -11,13 +11,19 @@ import tarfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from pydantic import ValidationError
 
+from data_pipeline.code_manifest import (
+    CODE_MANIFEST_NAME,
+    CodeLayout,
+    CodeManifest,
+    CodeShardEntry,
+    load_code_manifest,
+)
 from data_pipeline.dataset import Batch, Indices, TokenDataset, require_shards
 from data_pipeline.errors import (
     CodecMismatchError,
@@ -25,77 +31,16 @@ from data_pipeline.errors import (
     DatasetError,
     EmptySplitError,
     FingerprintMismatchError,
-    FormatVersionError,
     MissingShardError,
     NotADatasetError,
 )
-from data_pipeline.files import sha256_json, write_json
+from data_pipeline.files import write_json
 from data_pipeline.manifest import SPLITS, load_manifest, read_json
 from data_pipeline.shard_reader import ShardReader, read_rows
 from data_pipeline.shards import Group, tar_path, write_tar
 from rqvae.config import StrictModel
 
-CODE_FORMAT = "rqvae-code-shards"
-CODE_FORMAT_VERSION = 2
-CODE_MANIFEST_NAME = "codes_manifest.json"
 LATENT_DTYPE = np.dtype("<f2")
-
-
-class CodeShardEntry(StrictModel):
-    """One tar of codes and its index."""
-
-    name: str
-    samples: int
-    file_bytes: int
-    sha256: str
-    index_sha256: str
-
-
-class CodeLayout(StrictModel):
-    """What makes codes usable together: their codec, their tokens and their shape."""
-
-    codec_hash: str
-    """Hash of the codec that made them."""
-    token_fingerprint: str
-    """Fingerprint of the token shards they were made from."""
-    compression_factor: int
-    """K: tokens per latent position."""
-    codebook_sizes: tuple[int, ...]
-    """C of every level; there are D."""
-    sample_length: int
-    """T of the token samples; a sample has T / K latent positions."""
-    latent_dim: int | None = None
-    """Width of the latents that are kept beside the codes, in fp16; null where they are not."""
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """What a tar holds of every sample."""
-        return ("codes",) if self.latent_dim is None else ("codes", "latents")
-
-    @property
-    def dtype(self) -> np.dtype:
-        """How codes lie on disk."""
-        return np.dtype("<u2" if max(self.codebook_sizes) <= 1 << 16 else "<u4")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(S, D) of one sample."""
-        return self.sample_length // self.compression_factor, len(self.codebook_sizes)
-
-
-class CodeManifest(StrictModel):
-    """Everything about a directory of codes. Written last: where it is, all shards are there."""
-
-    format: str = CODE_FORMAT
-    format_version: int = CODE_FORMAT_VERSION
-    fingerprint: str
-    """sha256 over all the rest."""
-    layout: CodeLayout
-    splits: dict[str, tuple[CodeShardEntry, ...]]
-
-    def compute_fingerprint(self) -> str:
-        """The fingerprint that the content calls for."""
-        return sha256_json(self.model_dump(mode="json", exclude={"fingerprint"}))
 
 
 class _Record(StrictModel):
@@ -287,35 +232,6 @@ def finish_codes(
     manifest = CodeManifest(fingerprint="", layout=layouts.pop(), splits=entries)
     manifest = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
     write_json(Path(code_directory) / CODE_MANIFEST_NAME, manifest.model_dump(mode="json"))
-    return manifest
-
-
-def load_code_manifest(code_directory: str | Path) -> CodeManifest:
-    """The manifest of a finished directory of codes.
-
-    Raises:
-        NotADatasetError, FormatVersionError, CorruptShardError: as `manifest.load_manifest`.
-    """
-    path = Path(code_directory) / CODE_MANIFEST_NAME
-    if not path.is_file():
-        raise NotADatasetError(
-            f"{code_directory}: holds no {CODE_MANIFEST_NAME}, so it is either not a directory of codes or "
-            "not all of its shards are encoded; run launch/precompute_codes.py again"
-        )
-    values: Any = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != CODE_FORMAT:
-        raise NotADatasetError(f"{path}: not the manifest of codes (format {CODE_FORMAT!r} expected)")
-    if values.get("format_version") != CODE_FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path}: format version {values.get('format_version')!r}, but this program reads "
-            f"{CODE_FORMAT_VERSION}; remove the directory and encode the tokens again"
-        )
-    try:
-        manifest = CodeManifest.model_validate(values)
-    except ValidationError as error:
-        raise CorruptShardError(f"{path}: damaged: {error}") from error
-    if manifest.fingerprint != manifest.compute_fingerprint():
-        raise CorruptShardError(f"{path}: damaged or edited: its content does not match its fingerprint")
     return manifest
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.codes import CODE_MANIFEST_NAME, load_code_manifest
+from data_pipeline.code_manifest import CODE_MANIFEST_NAME, load_code_manifest
 from data_pipeline.dataset import TOKEN_ARRAYS
 from data_pipeline.errors import DatasetError
 from data_pipeline.files import sha256_file

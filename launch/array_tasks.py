@@ -9,9 +9,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import CorruptShardError
 from data_pipeline.manifest import load_manifest, read_json
 from launch.config import RunConfig
-from launch.paths import model_directory, source_directories
-
-SPLITS = ("train", "validation")  # that launch/precompute_codes.py encodes
+from launch.paths import TRAINING_SPLITS, model_directory, source_directories
 
 
 def num_build_tasks(config: DataConfig, at_most: int) -> int:
@@ -41,7 +39,7 @@ def num_code_tasks(config: RunConfig, at_most: int) -> int:
     lengths = [
         len(load_manifest(tokens).splits[split].shards)
         for tokens, _ in source_directories(config).values()
-        for split in SPLITS
+        for split in TRAINING_SPLITS
     ]
     return min(at_most, max(lengths))
 
@@ -56,7 +54,7 @@ def missing_code_tasks(config: RunConfig, num_tasks: int) -> list[int]:
     missing: set[int] = set()
     for tokens, codes in source_directories(config).values():
         manifest = load_manifest(tokens)
-        for split in SPLITS:
+        for split in TRAINING_SPLITS:
             for shard in range(len(manifest.splits[split].shards)):
                 mark = codes / split / f"codes-{shard:06d}.done.json"
                 if not _is_done(mark, manifest.fingerprint, made):

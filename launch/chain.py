@@ -171,8 +171,12 @@ class Commands:
 
 
 def backbone_override(config: RunConfig, base_lm: Path) -> list[str]:
-    """What starts the codec from `base_lm`, unless the configuration names another backbone."""
-    return [] if config.codec.backbone.pretrained is not None else [f"codec.backbone.pretrained={base_lm}"]
+    """What starts the codec from `base_lm`, unless the configuration names another backbone or wants a random one."""
+    backbone = config.codec.backbone
+    is_random = config.codec.model == "anchor" and backbone.decoder == "random"
+    if backbone.pretrained is not None or is_random:
+        return []
+    return [f"codec.backbone.pretrained={base_lm}"]
 
 
 def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> list[Step]:

@@ -9,8 +9,26 @@ from typing import Any
 import torch
 
 from data_pipeline import CodeDataset, MixtureDataset, StepLoader, StreamLoader, TokenDataset
+from data_pipeline.staging import staged
 from launch.config import RunConfig
+from launch.paths import scratch_directory, source_directories
 from launch.window import joined
+
+
+def reading_directories(config: RunConfig) -> dict[str, tuple[Path, Path]]:
+    """`source_directories` as training reads them: their copies on this node, where `slurm.staging` makes some.
+
+    Raises:
+        ValueError: a copy is not there, or not complete.
+    """
+    places, scratch = source_directories(config), scratch_directory(config)
+    if scratch is None:
+        return places
+    with_codes = config.stage == "rq_transformer"
+    return {
+        name: (staged(tokens, scratch), staged(codes, scratch) if with_codes else codes)
+        for name, (tokens, codes) in places.items()
+    }
 
 
 def open_tokens(config: RunConfig, split: str, directory: Path) -> TokenDataset:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from launch.config import RunConfig, Stage
+
+TRAINING_SPLITS = ("train", "validation")
+"""What training reads, and so what is encoded; evaluation encodes the test split itself."""
 
 
 def project_directory(config: RunConfig) -> Path:
@@ -28,6 +32,22 @@ def source_directories(config: RunConfig) -> dict[str, tuple[Path, Path]]:
     if not config.data.mixture:
         return {"": (Path(config.data.directory), codes)}
     return {source.name: (Path(source.directory), codes / source.name) for source in config.data.mixture}
+
+
+def scratch_directory(config: RunConfig) -> Path | None:
+    """Directory on the node's own disk that training reads copies of its data from: RQVAE_STAGE_DIR, where it is set.
+
+    Raises:
+        ValueError: it is, and the data are streamed.
+    """
+    place = os.environ.get("RQVAE_STAGE_DIR")
+    if not place:
+        return None
+    if config.stage is not None and config.train.streaming is not None:
+        raise ValueError(
+            "data are either streamed or copied to the nodes: unset RQVAE_STAGE_DIR, or train.streaming"
+        )
+    return Path(place)
 
 
 def model_directory(config: RunConfig) -> Path:

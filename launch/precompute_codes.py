@@ -25,11 +25,9 @@ from data_pipeline.errors import MissingShardError
 from data_pipeline.progress import Progress
 from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
-from launch.paths import codes_directory, model_directory, source_directories
+from launch.paths import TRAINING_SPLITS, codes_directory, model_directory, source_directories
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
 from rqvae.codec import Codec
-
-SPLITS = ("train", "validation")  # what training reads; evaluation encodes the test split itself
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,7 +108,7 @@ def encode_source(
     batch_size: int,
 ) -> None:
     """`encode` for one directory of token shards."""
-    for split in SPLITS:
+    for split in TRAINING_SPLITS:
         dataset = TokenDataset(tokens, split)
         check_vocabulary(dataset, codec.config.backbone.architecture)
         shards = range(task_index, len(dataset.shards), num_tasks)
@@ -141,7 +139,7 @@ def encode_source(
             )
         progress.close()
     try:
-        finish_codes(output, tokens, codec_hash=codec_hash, splits=SPLITS, with_latents=with_latents)
+        finish_codes(output, tokens, codec_hash=codec_hash, splits=TRAINING_SPLITS, with_latents=with_latents)
     except MissingShardError:
         print(
             f"Task {task_index} of {num_tasks} is done; the codes in {output} are complete when all tasks are."

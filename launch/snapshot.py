@@ -18,19 +18,10 @@ def take_snapshot(directory: Path, allow_dirty: bool) -> Path:
     A clean one that is there is used again. With changes it is made anew, as COMMIT-dirty-N.
 
     Raises:
-        ValueError: no git clone, or files differ from the commit and `allow_dirty` is false.
+        ValueError: as `refuse_changes`.
     """
     commit = _git("rev-parse", "HEAD").strip()
-    changes = _git("status", "--porcelain", "--untracked-files=no").splitlines()
-    untracked = _git(
-        "ls-files", "--others", "--exclude-standard", "--", "*.py", "*.sh", "*.yaml"
-    ).splitlines()
-    changed = [line[3:] for line in changes] + untracked
-    if changed and not allow_dirty:
-        some = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-        raise ValueError(
-            f"{len(changed)} files differ from the commit ({some}): commit them, or submit with --allow-dirty"
-        )
+    changed, untracked = refuse_changes(allow_dirty)
     name = commit[:12]
     if changed:
         name += f"-dirty-{len(list(directory.glob(f'{name}-dirty-*')))}"
@@ -46,6 +37,25 @@ def take_snapshot(directory: Path, allow_dirty: bool) -> Path:
     (partial / FILE).write_text(json.dumps({"commit": commit, "dirty": bool(changed)}) + "\n")
     partial.replace(target)
     return target
+
+
+def refuse_changes(allow_dirty: bool) -> tuple[list[str], list[str]]:
+    """Files that differ from the commit, new ones included, and of these the new ones.
+
+    Raises:
+        ValueError: no git clone, or there are some and `allow_dirty` is false.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    untracked = _git(
+        "ls-files", "--others", "--exclude-standard", "--", "*.py", "*.sh", "*.yaml"
+    ).splitlines()
+    changed = [line[3:] for line in changes] + untracked
+    if changed and not allow_dirty:
+        some = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+        raise ValueError(
+            f"{len(changed)} files differ from the commit ({some}): commit them, or submit with --allow-dirty"
+        )
+    return changed, untracked
 
 
 def _git(*arguments: str) -> str:

@@ -145,7 +145,7 @@ def latent(
     """All of a generation by part: encode, spatial, depth, decode.
 
     Args:
-        codec: an RQVAE, or the identity codec, which neither encodes nor decodes.
+        codec: of any kind; anchors need no encoding, tokens as codes no decoding either.
         model: of an RQTransformer.
         streaming: decode every latent as it comes, not all at the end.
         compiled: the depth transformer's step is one launch.
@@ -175,6 +175,8 @@ def latent(
     else:
         length = tokens + num_new * factor
         decode = _decoder_pass(codec, race, length, length / 2, num_new * factor)
+    if codec.model == "anchor":
+        return {"encode": Work(), **parts, "decode": decode}
     encode = backbone_pass(codec.backbone.architecture, race, tokens, tokens / 2)
     encode += _refinement(codec, race, tokens, 2 * codec.backbone.architecture.hidden_size)
     encode += Work(0, race.batch * num_prompt * 2 * codec.codebook_dim * sum(codec.codebook_sizes))
@@ -190,6 +192,8 @@ def _spatial_pass(model: RQTransformerConfig, race: Race, positions: float, cont
 def _decoder_pass(codec: RQVAEConfig, race: Race, tokens: float, context: float, new: float) -> Work:
     """Of `tokens` positions per sequence, `new` of which get logits."""
     architecture = codec.backbone.architecture
+    if codec.model == "anchor":  # the backbone alone
+        return backbone_pass(architecture, race, tokens, context) + head_pass(architecture, race, new)
     work = _refinement(codec, race, tokens, architecture.hidden_size)
     if codec.backbone.decoder != "none":
         work += backbone_pass(architecture, race, tokens, context)

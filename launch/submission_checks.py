@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from data_pipeline.manifest import load_manifest
+from data_pipeline.code_manifest import CodeShardEntry, load_code_manifest
+from data_pipeline.errors import NotADatasetError
+from data_pipeline.manifest import ShardEntry, load_manifest
 from launch.config import RunConfig, check_world_size
-from launch.paths import run_directory, source_directories
+from launch.paths import TRAINING_SPLITS, run_directory, source_directories
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_data(config: RunConfig) -> None:
-    """Token shards, and for the latent model codes, are complete.
+    """Token shards, and for the latent model codes, are complete: every tar that training reads has its size.
 
     Raises:
         ValueError: says what is missing and which command makes it.
     """
     for tokens, codes in source_directories(config).values():
-        load_manifest(tokens)
-        if config.stage == "rq_transformer" and not (codes / "codes_manifest.json").is_file():
-            raise ValueError(f"the codes in '{codes}' are not complete; submit --job precompute_codes first")
+        manifest = load_manifest(tokens)
+        streaming = config.train.streaming
+        elsewhere = ("train",) if streaming is not None and streaming.url is not None else ()
+        for split in (split for split in TRAINING_SPLITS if split not in elsewhere):
+            _check_files(tokens / split, manifest.splits[split].shards, "submit --job build_data")
+        if config.stage != "rq_transformer":
+            continue
+        again = "submit --job precompute_codes"
+        try:
+            made = load_code_manifest(codes)
+        except NotADatasetError:
+            raise ValueError(f"the codes in '{codes}' are not complete; {again} first") from None
+        if made.layout.token_fingerprint != manifest.fingerprint:
+            raise ValueError(
+                f"the codes in '{codes}' are of other tokens than those in '{tokens}'; {again} first"
+            )
+        for split, shards in made.splits.items():
+            _check_files(codes / split, shards, again)
+
+
+def _check_files(folder: Path, shards: Sequence[ShardEntry | CodeShardEntry], again: str) -> None:
+    with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries}  # by one listing: there may be 10^5
+    wrong = [shard.name for shard in shards if sizes.get(f"{shard.name}.tar") != shard.file_bytes]
+    if wrong:
+        raise ValueError(
+            f"'{folder}': {len(wrong)} of {len(shards)} shards are missing or cut ({', '.join(wrong[:5])}"
+            f"{', ...' if len(wrong) > 5 else ''}); restore them, or remove the directory and {again} again"
+        )
 
 
 def check_plan(

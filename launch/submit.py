@@ -18,7 +18,7 @@ from pathlib import Path
 from launch import array_tasks
 from launch.config import STAGES, RunConfig, load_config
 from launch.paths import model_directory, project_directory
-from launch.snapshot import ROOT, take_snapshot
+from launch.snapshot import ROOT, refuse_changes, take_snapshot
 from launch.submission import Job, array, submit_in_order
 from launch.submission_checks import check_data, check_plan
 
@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(check_plan(config, args.config, args.overrides, ranks, memory)))
             check_data(config)
         code = ROOT
-        if not args.dry_run and not args.no_snapshot:
+        if args.dry_run and not args.no_snapshot:
+            refuse_changes(args.allow_dirty)
+        elif not args.no_snapshot:
             code = take_snapshot(project / "code", args.allow_dirty)
             if Path(args.config).resolve().is_relative_to(ROOT):  # the snapshot's, which nobody edits
                 args.config = str(code / Path(args.config).resolve().relative_to(ROOT))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline import CodeDataset, MixtureDataset, TokenDataset
 from launch.config import RunConfig
+from launch.loading import reading_directories
 from launch.paths import source_directories
 from rqvae.persistence import load_tensors
 
@@ -59,7 +60,7 @@ class Task(ABC):
         """The data of a split: the one source, or the mixture of all."""
         parts = {
             name: self.open(split, tokens, codes)
-            for name, (tokens, codes) in source_directories(self.config).items()
+            for name, (tokens, codes) in reading_directories(self.config).items()
         }
         weights = {source.name: source.weight for source in self.config.data.mixture}
         return MixtureDataset(parts, weights) if weights else next(iter(parts.values()))

@@ -133,6 +133,8 @@ def _spelled(value: float) -> float | str:
 class Tracker:
     """Writes metrics.jsonl on rank 0 and mirrors it to Weights & Biases; does nothing on other ranks.
 
+    Once the mirror has started, its errors are printed and end it, not the training.
+
     Args:
         run_dir: the stage's run directory; must exist.
         config: the run's configuration, which the mirror shows.
@@ -184,7 +186,7 @@ class Tracker:
                 for key, value in line.items()
                 if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
             }
-            self._wandb.log({"step": record["step"], **values})
+            self._mirror({"step": record["step"], **values})
 
     def log_code_counts(self, step: int, counts: list[list[int]]) -> None:
         """Keep how often every code of every level was used at a validation.
@@ -198,7 +200,7 @@ class Tracker:
         directory.mkdir(exist_ok=True)
         (directory / f"step-{step:08d}.json").write_text(json.dumps({"step": step, "counts": counts}) + "\n")
         if self._wandb is not None:
-            self._wandb.log({"step": step} | _histograms(counts))
+            self._mirror({"step": step} | _histograms(counts))
 
     def log_reconstructions(self, step: int, samples: Sequence[Reconstruction]) -> None:
         """Keep what the codec made of validation samples.
@@ -219,7 +221,7 @@ class Tracker:
             import wandb
 
             table = wandb.Table(columns=list(samples[0]._fields), data=[list(sample) for sample in samples])
-            self._wandb.log({"step": step, "validation/reconstructions": table})
+            self._mirror({"step": step, "validation/reconstructions": table})
 
     def _table_is_due(self, step: int) -> bool:
         before = max(0, step - self._train.eval_every)
@@ -235,8 +237,27 @@ class Tracker:
         if self._log is not None:
             self._log.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            try:
+                self._wandb.finish(exit_code=exit_code)
+            except Exception as error:
+                self._say_lost(error)
             self._wandb = None
+
+    def _mirror(self, values: dict[str, Any]) -> None:
+        # wandb sends through a process of its own. Slurm's SIGTERM to a whole job ends that at once, while this one
+        # has a checkpoint to save.
+        try:
+            self._wandb.log(values)
+        except Exception as error:
+            self._say_lost(error)
+            self._wandb = None
+
+    def _say_lost(self, error: Exception) -> None:
+        print(
+            f"wandb has ended ({type(error).__name__}: {error}); metrics.jsonl goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __enter__(self) -> Tracker:
         return self

@@ -28,7 +28,7 @@ def latent_work_per_token(
     layers = shape.spatial_layers + shape.codebook_levels * shape.depth_layers
     if isinstance(latent_model, FlatTransformer):
         layers = shape.codebook_levels * shape.spatial_layers
-    decoder_layers = 0 if vae.config.model == "identity" else vae.config.num_latent_layers
+    decoder_layers = vae.config.num_latent_layers if vae.config.model == "rqvae" else 0
     if vae.config.model != "identity" and vae.config.backbone.decoder != "none":
         decoder_layers += vae.config.backbone.architecture.num_hidden_layers
     context = 2 * _context(settings)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+# A request to stop is no fault of the node; and the import of torch takes long.
+signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
-from slurm.preflight import ALLREDUCE, TIMEOUT_S
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from slurm.preflight import ALLREDUCE, TIMEOUT_S  # noqa: E402
 
 REPEATS = 5
 
@@ -26,15 +30,16 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda", int(os.environ["SLURM_LOCALID"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
+    patience = timedelta(seconds=TIMEOUT_S / 2)
+    # Before all are there: whoever has come this far is not the one that the others wait for.
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, int(port), world_size, rank == 0, patience, wait_for_workers=False
     )
     node = os.environ["SLURMD_NODENAME"]
     (directory / f"{node}.joined").touch()
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=patience
+    )
     names: list[str] = [""] * world_size
     dist.all_gather_object(names, node)
     megabytes = 256 if on_gpu else 4

@@ -120,16 +120,16 @@ end_process() {
   kill -9 "$pid" 2>/dev/null || true
 }
 
+# Processes of this cluster whose environment has a line that matches as a whole.
+processes_with() {
+  { grep -lzx -- "$1" /proc/[0-9]*/environ || true; } 2>/dev/null \
+    | { xargs -r grep -lzx -- "SLURM_CONF=$SLURM_CONF" || true; } 2>/dev/null | cut -d/ -f3
+}
+
 # Every process whose environment says that it belongs to a step on this node of this cluster, and the daemon.
 kill_node() {
-  local pids=() environment pid
-  for environment in /proc/[0-9]*/environ; do
-    if tr '\0' '\n' 2>/dev/null <"$environment" | grep -qx "SLURMD_NODENAME=$node" \
-      && tr '\0' '\n' 2>/dev/null <"$environment" | grep -qx "SLURM_CONF=$SLURM_CONF"; then
-      pid=${environment#/proc/}
-      pids+=("${pid%/environ}")
-    fi
-  done
+  local pids pid
+  mapfile -t pids < <(processes_with "SLURMD_NODENAME=$node")
   kill -9 "$(<"$directory/slurmd-$node.pid")" || true
   for pid in "${pids[@]}"; do
     # The step's own daemon has no such environment; it is the parent of its tasks.
@@ -142,13 +142,9 @@ kill_node() {
 
 # What is left of this cluster's jobs, once nobody looks after them.
 kill_jobs() {
-  local environment
-  for environment in /proc/[0-9]*/environ; do
-    if tr '\0' '\n' 2>/dev/null <"$environment" | grep -qx "SLURM_CONF=$SLURM_CONF" \
-      && tr '\0' '\n' 2>/dev/null <"$environment" | grep -q '^SLURM_JOB_ID='; then
-      environment=${environment#/proc/}
-      kill -9 "${environment%/environ}" 2>/dev/null || true
-    fi
+  local pid
+  for pid in $(processes_with 'SLURM_JOB_ID=.*'); do
+    kill -9 "$pid" 2>/dev/null || true
   done
 }
 

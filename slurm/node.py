@@ -11,10 +11,7 @@ import resource
 import signal
 import sys
 
-from slurm.scheduler import ranks_per_node
-
-# Seconds that the ranks have for a step and a checkpoint after SIGTERM. Slurm's KillWait ends them in any case.
-SHUTDOWN_S = 300
+from slurm.scheduler import ranks_per_node, shutdown_s
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,7 +41,7 @@ def torchrun(master: str, node: int, nodes: int, ranks: int, logs: str, command:
         *[sys.executable, "-m", "torch.distributed.run"],
         *[f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={ranks}"],
         *[f"--master-addr={address}", f"--master-port={port}", "--max-restarts=0"],
-        *[f"--shutdown-timeout={SHUTDOWN_S}", f"--log-dir={logs}/node-{node}", "--redirects=3"],
+        *[f"--shutdown-timeout={shutdown_s()}", f"--log-dir={logs}/node-{node}", "--redirects=3"],
         *(["--tee=0:3"] if node == 0 else []),
         *command,
     ]

@@ -63,12 +63,20 @@ def judge(facts: Facts, limits: Limits) -> Outcome:
         if why in ("STOP file", "SIGTERM"):  # somebody wants it to end
             return Outcome(False, f"stopped: {why}", EXIT_STOPPED)
         return _unless_hopeless(f"stopped: {why}", facts, limits, EXIT_STOPPED)
+    if facts.asked_to_stop and not facts.status:
+        return _unless_hopeless("asked to stop before training began", facts, limits, EXIT_STOPPED)
     if state == "failed" and not facts.status.get("retryable", True):
         return Outcome(False, f"failed for good: {why}", EXIT_SETTINGS)
     what = f"failed: {why}" if state == "failed" else f"killed without a word (status {facts.exit_status})"
     if facts.asked_to_stop:
         what += ", after it was asked to stop"
     return _unless_hopeless(what, facts, limits, 1)
+
+
+def to_exclude(bad_nodes: tuple[str, ...], nodes: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of the job's nodes it should not get again: the bad ones, unless all of several are. That is the fault of
+    what they share (network, file system, a setting of the site), and other nodes would do no better."""
+    return () if len(nodes) > 1 and set(bad_nodes) >= set(nodes) else bad_nodes
 
 
 def _unless_hopeless(reason: str, facts: Facts, limits: Limits, exit_status: int) -> Outcome:

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +149,7 @@ def _nvidia_smi() -> str:
 
 def main(arguments: list[str]) -> int:
     """On each node: write what is wrong with it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a request to stop is no fault of the node
     directory, token, ranks = Path(arguments[0]), arguments[1], int(arguments[2])
     report = {"time": time.time(), "problems": problems_here(directory, token, ranks)}
     path = directory / f"{os.environ['SLURMD_NODENAME']}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -85,16 +86,23 @@ class SlurmJob:
     def requeue(self, without: tuple[str, ...] = ()) -> None:
         """Put the job back into the queue, if asked not to run on some nodes again. This process ends by it.
 
-        Held until the nodes are excluded, so that it cannot start on them before.
+        Only a job that is not running takes nodes to exclude. Slurm waits two minutes before it starts one that was
+        requeued, so there is time; it is not held meanwhile, as nobody would release it if this process died.
         """
-        if not without:
+        # Slurm sends it as soon as the job is back in the queue, also to the commands below.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
             _output(["scontrol", "requeue", self.job_id])
+        except subprocess.SubprocessError as error:
+            print(f"slurm: cannot requeue, submit it again: {_why(error)}", file=sys.stderr, flush=True)
             return
-        _output(["scontrol", "requeuehold", self.job_id])
-        # As many nodes as this job has may be bad, and earlier ones stay excluded.
-        excluded = ",".join(sorted({*without, *_excluded(self.job_id)}))
-        _output(["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={excluded}"])
-        _output(["scontrol", "release", self.job_id])
+        if not without:
+            return
+        try:
+            excluded = ",".join(sorted({*without, *_excluded(self.job_id)}))  # earlier ones stay excluded
+            _output(["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={excluded}"])
+        except subprocess.SubprocessError as error:
+            print(f"slurm: cannot exclude {', '.join(without)}: {_why(error)}", file=sys.stderr, flush=True)
 
 
 def ranks_per_node() -> int:
@@ -105,6 +113,11 @@ def ranks_per_node() -> int:
     return 1
 
 
+def shutdown_s() -> int:
+    """Seconds that ranks have for a step and a checkpoint once they are asked to end: RQVAE_SHUTDOWN_S, else 300."""
+    return int(os.environ.get("RQVAE_SHUTDOWN_S", "300"))
+
+
 def _excluded(job_id: str) -> set[str]:
     fields = _output(["scontrol", "show", "job", job_id, "--oneliner"]).split()
     names = next(
@@ -113,6 +126,10 @@ def _excluded(job_id: str) -> set[str]:
     if names in ("", "(null)"):
         return set()
     return set(_output(["scontrol", "show", "hostnames", names]).split())
+
+
+def _why(error: subprocess.SubprocessError) -> str:
+    return str(getattr(error, "stderr", None) or error).strip()
 
 
 def _output(command: list[str]) -> str:

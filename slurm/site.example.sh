@@ -14,6 +14,9 @@ source "$RQVAE_CODE/.venv/bin/activate"
 # export TORCH_EXTENSIONS_DIR=/project/$USER/torch-extensions
 # export TRITON_CACHE_DIR=$TMPDIR/triton
 
+# Copies of the training data on every node's own disk, kept from job to job; where it is unset, data are read in place.
+# export RQVAE_STAGE_DIR=/scratch/$USER/rqvae-data
+
 # A container, by the options that your srun takes for it.
 # export RQVAE_SRUN_OPTIONS="--container-image=/project/images/rqvae.sqsh --container-mounts=/project:/project"
 
@@ -27,6 +30,9 @@ source "$RQVAE_CODE/.venv/bin/activate"
 
 # Checks before every start: full, local (no all-reduce) or off; GB/s that neighbouring nodes must reach; free GiB.
 # export RQVAE_PREFLIGHT=full RQVAE_MIN_BANDWIDTH_GBS=20 RQVAE_MIN_FREE_GIB=20
+
+# Seconds for a step and a checkpoint once a job is asked to end; ask for a KillWait as long where it is preempted.
+# export RQVAE_SHUTDOWN_S=300
 
 # How long a job goes on by itself.
 # export RQVAE_MAX_REQUEUES=100 RQVAE_MAX_STARTS_WITHOUT_PROGRESS=3

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 
 from launch import run_status
-from launch.config import STAGES, check_world_size, load_config
-from launch.paths import run_directory
-from slurm import history, preflight
-from slurm.outcome import EXIT_SETTINGS, Facts, Limits, Outcome, judge
-from slurm.scheduler import SlurmJob
+from launch.config import STAGES, RunConfig, check_world_size, load_config
+from launch.paths import run_directory, scratch_directory
+from slurm import history, preflight, staging
+from slurm.outcome import EXIT_SETTINGS, Facts, Limits, Outcome, judge, to_exclude
+from slurm.scheduler import SlurmJob, shutdown_s
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEAT_S = 5.0
@@ -38,6 +38,10 @@ class Requests:
         self.end = False
         signal.signal(signal.SIGUSR2, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
+
+    def stopping(self) -> bool:
+        """Whether this start is to end."""
+        return self.stop or self.end
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(args.config, stage=args.stage, overrides=args.overrides)
         job = SlurmJob.from_environment()
         check_world_size(config, len(job.nodes) * job.ranks_per_node)
+        scratch_directory(config)
         limits = limits_of_site()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,17 +72,26 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = Outcome(False, f"given up: start {job.restart + 1}, {earlier} in a row from step {step}", 1)
         facts = Facts(1, {})
     else:
-        facts = attempt(args, job, directory, requests)
+        facts = attempt(args, config, job, directory, requests)
         outcome = judge(facts, limits)
     return close(job, directory, outcome, facts)
 
 
-def attempt(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Requests) -> Facts:
+def attempt(
+    args: argparse.Namespace, config: RunConfig, job: SlurmJob, directory: Path, requests: Requests
+) -> Facts:
     """One start, from the checks of the nodes to the end of training."""
     bad_nodes = preflight.run(job, directory / "preflight" / job.attempt)
     before = run_status.read(directory)
     exit_status = 1
-    if not bad_nodes and not requests.end:
+    if not (bad_nodes or requests.stopping()) and scratch_directory(config) is not None:
+        words = ["--config", args.config, "--stage", args.stage, *args.overrides]
+        reports = directory / "staging" / job.attempt
+        try:
+            bad_nodes = staging.run(job, reports, words, step_environment(), requests.stopping)
+        except ValueError as error:
+            return Facts(1, {"state": "failed", "error": str(error), "retryable": False})
+    if not (bad_nodes or requests.stopping()):
         exit_status = train(args, job, directory, requests)
     step, status = history.newest_step(directory), run_status.read(directory)
     return Facts(
@@ -102,7 +116,7 @@ def train(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Re
     command.insert(1, "--kill-on-bad-exit=1")
     before = run_status.read(directory)
     process = subprocess.Popen(command, env=step_environment())
-    last_asked = -REPEAT_S
+    last_asked, ended = -REPEAT_S, None
     while True:
         try:
             return process.wait(0.5)
@@ -113,6 +127,11 @@ def train(args: argparse.Namespace, job: SlurmJob, directory: Path, requests: Re
             if requests.stop and not is_over and time.monotonic() - last_asked >= REPEAT_S:
                 process.send_signal(signal.SIGUSR2)  # srun passes it on to every process of the step
                 last_asked = time.monotonic()
+            # srun waits for ever for a node that lost its step and came back before Slurm took it for dead.
+            ended = (ended or time.monotonic()) if is_over else None
+            if ended is not None and time.monotonic() - ended > 2 * shutdown_s():
+                print("slurm.train: srun does not end though the run has; left behind", flush=True)
+                process.kill()
 
 
 def step_environment() -> dict[str, str]:
@@ -135,7 +154,7 @@ def close(job: SlurmJob, directory: Path, outcome: Outcome, facts: Facts) -> int
         f"slurm.train: {reason}; step {step}; {'requeued' if outcome.requeue else 'not requeued'}", flush=True
     )
     if outcome.requeue:
-        job.requeue(facts.bad_nodes)
+        job.requeue(to_exclude(facts.bad_nodes, job.nodes))
     return outcome.exit_status
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -81,6 +82,17 @@ def run(
         timeout=timeout_s,
         check=False,
     )
+
+
+def clone_program(place: Path) -> Path:
+    """The program as it is here, in a repository of its own with one commit."""
+    for name in ("configs", "data_pipeline", "launch", "rqvae", "slurm"):
+        ignored = shutil.ignore_patterns("__pycache__", "site.sh")
+        shutil.copytree(REPOSITORY / name, place / name, ignore=ignored)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *words], cwd=place, check=True)
+    return place
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,42 @@ def test_reconstructions_are_kept_and_a_few_tables_of_them_mirrored(tmp_path: Pa
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["text", "marked", "num_tokens", "num_wrong"]
     assert table["data"] == [list(sample) for sample in samples]
+
+
+# In a process of its own: what is left of wandb's service would be in the way of other tests.
+LOSES_WANDB = """
+import os, signal, sys, time
+from pathlib import Path
+from launch.config import load_config
+from launch.tracking import Tracker
+
+def children():
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if parent == str(os.getpid()) and b"wandb-core" in (stat.parent / "cmdline").read_bytes():
+                yield int(stat.parent.name)
+        except OSError:
+            pass
+
+config = load_config(sys.argv[1], stage="rqvae", overrides=["tracking.wandb=offline"])
+tracker = Tracker(Path(sys.argv[2]), config, "rqvae", rank=0)
+(service,) = children()
+os.kill(service, signal.SIGTERM)
+os.waitpid(service, 0)
+for step in range(1, 11):
+    tracker.log({"phase": "full", "split": "train", "step": step, "loss": 1.0})
+    tracker.log_code_counts(step, [[1, 2], [3, 4]])
+    time.sleep(0.1)
+tracker.close()
+sys.exit(75)
+"""
+
+
+def test_training_outlives_the_service_of_wandb(tmp_path: Path) -> None:
+    """Slurm's SIGTERM reaches every process of a job."""
+    command = [sys.executable, "-c", LOSES_WANDB, str(TINY), str(tmp_path)]
+    result = subprocess.run(command, cwd=TINY.parents[1], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 75, result.stderr
+    assert result.stderr.count("metrics.jsonl goes on without it") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 11))

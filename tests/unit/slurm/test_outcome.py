@@ -8,7 +8,7 @@ import pytest
 
 from launch import run_status
 from slurm import history
-from slurm.outcome import EXIT_SETTINGS, EXIT_STOPPED, Facts, Limits, judge
+from slurm.outcome import EXIT_SETTINGS, EXIT_STOPPED, Facts, Limits, judge, to_exclude
 
 RUNNING = {"state": "running"}
 
@@ -28,6 +28,7 @@ RUNNING = {"state": "running"}
         (Facts(1, {"state": "failed", "error": "RuntimeError: x", "retryable": True}), True, 1),
         (Facts(1, RUNNING), True, 1),
         (Facts(1, {}), True, 1),
+        (Facts(1, {}, asked_to_stop=True), True, EXIT_STOPPED),
         (Facts(1, {}, bad_nodes=("n2",)), True, 1),
         # A launcher that exits with 0 has not finished the run.
         (Facts(0, RUNNING), True, 1),
@@ -38,6 +39,13 @@ RUNNING = {"state": "running"}
 def test_decision(facts: Facts, requeue: bool, exit_status: int) -> None:
     outcome = judge(facts, Limits())
     assert (outcome.requeue, outcome.exit_status) == (requeue, exit_status), outcome
+
+
+def test_bad_nodes_are_left_out_unless_all_are() -> None:
+    assert to_exclude(("n2",), ("n1", "n2")) == ("n2",)
+    assert to_exclude(("n1",), ("n1",)) == ("n1",)
+    assert to_exclude(("n1", "n2"), ("n1", "n2")) == ()
+    assert to_exclude((), ("n1", "n2")) == ()
 
 
 def test_status_says_what_a_new_start_can_cure(tmp_path: Path) -> None:
