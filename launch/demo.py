@@ -61,11 +61,15 @@ def summarise(project: Path, steps: list[Step], seconds: float) -> None:
     """The few figures that matter, quality and speed together, and where to go on."""
     report = read_report(REPOSITORY / project / "report.json")
     bits, speed = report["bits_per_byte"], report["speed"]
+    compute = report["compute"]
     rows = [
-        ("reconstruction, token accuracy", f"{report['reconstruction']['token_accuracy']:.4f}"),
-        ("rate of the codes, bits per token", f"{report['rate']['codes_bits_per_token']:.1f}"),
         ("bits per byte: latent model (bound)", f"{bits['latent_bound']:.3f}"),
         ("bits per byte: base LM", f"{bits['base_lm']:.3f}"),
+        ("bound over base LM", f"{bits['latent_bound'] / bits['base_lm']:.2f}x"),
+        (
+            "training FLOPs over the base LM's",
+            f"{compute['total_latent']['train_flops'] / compute['total_base_lm']['train_flops']:.2f}x",
+        ),
         ("bits per byte: unigram", f"{bits['unigram']:.3f}"),
         ("bits per byte: uniform", f"{bits['uniform']:.3f}"),
         ("speed over transformers generate", f"{speed['speedup']:.2f}x"),

@@ -43,7 +43,7 @@ def train(*overrides: str, gpus: int = 1) -> Callable[[Path], list[str]]:
         where = [f"run_root={scratch / 'runs'}", f"data.directory={scratch / 'shards'}"]
         config = [
             "--config",
-            "configs/tiny.yaml",
+            "configs/tiny_rqvae.yaml",
             "--stage",
             "rqvae",
             name,
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as directory:
         scratch = Path(directory)
         if gpus:
-            build = [sys.executable, "-m", "data_pipeline", "build", "--config", "configs/tiny.yaml"]
+            build = [sys.executable, "-m", "data_pipeline", "build", "--config", "configs/tiny_rqvae.yaml"]
             subprocess.run([*build, f"data.directory={scratch / 'shards'}"], cwd=ROOT, check=True)
         for row in ROWS:
             outcomes[row.name] = check(row, scratch, gpus)

@@ -58,9 +58,9 @@ OPTIONS = {
 def check_memory(size: str, world_size: int, phase: str, *options: str) -> tuple[float, float]:
     """States and peak as predicted are within a tenth of the bytes in tensors; prints all, the process too."""
     overrides = [*MEMORY, *SIZES[size], *options]
-    config = load_config(CONFIGS / "tiny.yaml", overrides=overrides)
+    config = load_config(CONFIGS / "tiny_rqvae.yaml", overrides=overrides)
     needs = phase_plan(phase, plan(config, world_size)).memory
-    found = measure(CONFIGS / "tiny.yaml", overrides, world_size, phase)
+    found = measure(CONFIGS / "tiny_rqvae.yaml", overrides, world_size, phase)
     states = needs.states + needs.bucket
     print(
         f"{size}, {world_size} ranks, {phase}, {options}: predicted {states / MIB:.1f}, {needs.peak / MIB:.1f} MiB"
@@ -108,11 +108,11 @@ def test_more_ranks_hold_less_each() -> None:
 @pytest.mark.slow
 def test_only_rank_0_holds_the_pretrained_backbone(tmp_path: Path) -> None:
     overrides = [*MEMORY, *SIZES["wide"], f"codec.backbone.pretrained={tmp_path}"]
-    config = load_config(CONFIGS / "tiny.yaml", overrides=overrides)
+    config = load_config(CONFIGS / "tiny_rqvae.yaml", overrides=overrides)
     BaseLM(config.codec.backbone.architecture, eos_token_id=0).save_pretrained(tmp_path)
     needs = phase_plan("frozen", plan(config, 4)).memory
     whole = 4.0 * phase_plan("frozen", plan(config, 4)).parameters.total
-    first, *others = measure(CONFIGS / "tiny.yaml", overrides, 4, "frozen")
+    first, *others = measure(CONFIGS / "tiny_rqvae.yaml", overrides, 4, "frozen")
     assert first["peak_built"] > whole
     for rank in others:
         # Its quarter, the engine's part of what is trained, and one matrix at a time.
@@ -127,7 +127,7 @@ def model_states(rank: int, world_size: int, port: int, phase: str, precision: s
     from launch.optimizer import parameter_groups
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    config = load_config(CONFIGS / "tiny.yaml", stage="rqvae", overrides=[f"train.precision={precision}"])
+    config = load_config(CONFIGS / "tiny_rqvae.yaml", stage="rqvae", overrides=[f"train.precision={precision}"])
     task = RQVAETask(config)
     model = task.create_model()
     task.set_phase(model, next(p for p in task.phases() if p.name == phase))
@@ -165,7 +165,7 @@ def test_model_states_of_tiny_to_the_byte(
     for name, value in (("LOCAL_RANK", "0"), ("LOCAL_SIZE", "2"), ("DS_ACCELERATOR", "cpu")):
         monkeypatch.setenv(name, value)
     mp.spawn(model_states, (2, free_port(), phase, precision, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    config = load_config(CONFIGS / "tiny.yaml", overrides=[f"train.precision={precision}"])
+    config = load_config(CONFIGS / "tiny_rqvae.yaml", overrides=[f"train.precision={precision}"])
     expected = phase_plan(phase, plan(config, 2)).memory
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -168,7 +168,7 @@ def test_deepspeed_checks_what_stands_below() -> None:
 def test_a_stage_adds_to_a_section_and_an_override_wins(tmp_path: Path) -> None:
     path = tmp_path / "child.yaml"
     path.write_text(
-        f"extends: {CONFIGS / 'tiny.yaml'}\n"
+        f"extends: {CONFIGS / 'tiny_rqvae.yaml'}\n"
         "train: {communication: {reduce_bucket_size: 5, overlap_comm: true}}\n"
         "stages: {rqvae: {communication: {reduce_bucket_size: 7}}}\n"
     )

@@ -39,4 +39,4 @@ def test_the_settings_of_every_row_are_valid(row: Row, tmp_path: Path) -> None:
         assert file.is_file() and "pytest.mark.gpu" in file.read_text()
         return
     overrides = [word for word in command[command.index("--stage") + 2 :] if "=" in word]
-    load_config("configs/tiny.yaml", stage="rqvae", overrides=overrides)
+    load_config("configs/tiny_rqvae.yaml", stage="rqvae", overrides=overrides)

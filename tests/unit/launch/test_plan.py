@@ -78,11 +78,11 @@ def test_json_holds_what_a_scheduler_asks_for(tmp_path: Path) -> None:
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
-    found = plan(load_config(CONFIGS / "tiny.yaml"), 2)[1].largest_micro_batch
+    found = plan(load_config(CONFIGS / "tiny_rqvae.yaml"), 2)[1].largest_micro_batch
 
     def fits(size: int) -> bool:
         overrides = [f"train.micro_batch_size={size}", f"train.global_batch_size={2 * size}"]
-        return plan(load_config(CONFIGS / "tiny.yaml", overrides=overrides), 2)[1].memory.peak <= 40 * GIB
+        return plan(load_config(CONFIGS / "tiny_rqvae.yaml", overrides=overrides), 2)[1].memory.peak <= 40 * GIB
 
     assert 0 < found[40] < found[80] < found[141]
     assert fits(found[40])

@@ -19,7 +19,7 @@ from launch.report_run import headline_rows, read_inputs, write_report
 from launch.tracking import MetricsLog
 
 ROOT = Path(__file__).parents[3]
-TINY = ROOT / "configs" / "tiny.yaml"
+TINY = ROOT / "configs" / "tiny_rqvae.yaml"
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "rect", "circle", "line", "polygon"}
 
 

@@ -10,7 +10,7 @@ from launch.config import STAGES, load_config
 from launch.speed import Speedometer, train_flops_per_token
 from launch.task import Phase
 
-TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
+TINY = Path(__file__).parents[3] / "configs" / "tiny_rqvae.yaml"
 FULL, FROZEN = Phase("full", 5, 9), Phase("frozen", 0, 5)
 
 

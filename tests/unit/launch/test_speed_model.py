@@ -197,7 +197,7 @@ def test_the_plan_predicts_for_a_machine_that_is_not_there(
 
 
 def test_what_the_speed_model_does_not_know_is_refused() -> None:
-    config = load_config(CONFIGS / "tiny.yaml", overrides=["latent_model.model=flat_transformer"])
+    config = load_config(CONFIGS / "tiny_rqvae.yaml", overrides=["latent_model.model=flat_transformer"])
     with pytest.raises(ValueError, match="rq_transformer"):
         predict(config, H100, 2)
     assert latent_model_config(config).codebook_levels == 8

@@ -16,7 +16,7 @@ from launch.config import RunConfig, load_config
 from launch.reconstructions import Reconstruction
 from launch.tracking import MetricsLog, Tracker, read_metrics, wandb_mode
 
-TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
+TINY = Path(__file__).parents[3] / "configs" / "tiny_rqvae.yaml"
 
 
 @pytest.fixture
