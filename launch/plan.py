@@ -1,6 +1,10 @@
 """What a run needs: parameters, memory per GPU, batch arithmetic, training FLOPs and time, by stage and phase.
 
     python launch/plan.py --config configs/qwen3_0.6b.yaml --gpus 8 [--gpu-memory-gib 80] [--json F] [a.b=value ...]
+    python launch/plan.py --config configs/benchmarks/qwen3_8b.yaml --inference [--json F] [a.b=value ...]
+
+The second says how fast it would decode, by batch size and K, on an H100 or on a machine that is told by its
+bandwidth, matmul rate and launch overhead (`launch/speed_model.py`).
 
 Nothing is allocated or read but the configuration. Speed is an assumption, stated in the output: give the peak of
 your GPU and the utilisation you have seen (`--peak-tflops`, `--mfu`).
@@ -20,10 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch import flops, memory
+from launch import flops, memory, plan_inference
 from launch.config import RunConfig, Stage, check_world_size, load_config
 from launch.dry_run import batch_arithmetic
 from launch.latent_model import latent_model_config
+from launch.speed_model import Machine
 from launch.tasks import Phase, codec_task
 from rqvae import BaseLM, FlatTransformer, RQTransformer
 
@@ -63,16 +68,31 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file, e.g. configs/qwen3_0.6b.yaml")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="ranks in all")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks in all")
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0)
     parser.add_argument(
         "--peak-tflops", type=float, default=312.0, help="of one GPU in the run's precision (A100, bf16: 312)"
     )
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that training reaches")
+    parser.add_argument("--inference", action="store_true", help="decoding speed instead of training")
+    h100 = plan_inference.H100
+    parser.add_argument(
+        "--bandwidth-gb-s", type=float, default=h100.bandwidth / 1e9, help="memory (H100: 3350)"
+    )
+    parser.add_argument(
+        "--matmul-tflops", type=float, default=h100.matmul / 1e12, help="products (H100: 989)"
+    )
+    parser.add_argument(
+        "--launch-us", type=float, default=1e6 * h100.launch_s, help="per kernel (assumed: 2)"
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="file to write everything to, in bytes")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over the file's")
     args = parser.parse_args(arguments)
     try:
+        if args.inference:
+            return decoding(args)
+        if args.gpus is None:
+            raise ValueError("give --gpus N for training, or --inference for decoding speed")
         if args.gpus < 1:
             raise ValueError(f"--gpus: {args.gpus} ranks cannot train anything; give 1 or more")
         config = load_config(args.config, overrides=args.overrides)
@@ -88,6 +108,22 @@ def main(arguments: list[str] | None = None) -> int:
         speed = args.gpus * args.peak_tflops * 1e12 * args.mfu
         args.json.write_text(json.dumps([as_json(part, speed) for part in plans], indent=2) + "\n")
     return 0 if all(part.memory.peak <= args.gpu_memory_gib * GIB for part in plans) else 1
+
+
+def decoding(args: argparse.Namespace) -> int:
+    """`--inference`: predict, print and write."""
+    rates = {"bandwidth-gb-s": args.bandwidth_gb_s, "matmul-tflops": args.matmul_tflops}
+    for name, rate in rates.items():
+        if rate <= 0:
+            raise ValueError(f"--{name}: {rate:g} is no rate; give more than 0")
+    config = load_config(args.config, overrides=args.overrides)
+    machine = Machine(1e9 * args.bandwidth_gb_s, 1e12 * args.matmul_tflops, 1e-6 * args.launch_us)
+    rows = plan_inference.predict(config, machine, width(config))
+    plan_inference.print_prediction(config, machine, width(config), rows)
+    if args.json:
+        facts = {"machine": dataclasses.asdict(machine), "rows": rows}
+        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+    return 0
 
 
 def plan(config: RunConfig, gpus: int) -> list[PhasePlan]:
