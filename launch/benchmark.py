@@ -2,6 +2,7 @@
 
     python launch/benchmark.py inference --model runs/tiny/model --data runs/data/python-docs \\
         --report runs/tiny/report.json
+    python launch/benchmark.py inference --random configs/benchmarks/qwen3_0.6b.yaml --html runs/race.html
     python launch/benchmark.py quantizer
     python launch/benchmark.py loss
     python launch/benchmark.py latent
@@ -20,14 +21,15 @@ import json
 import sys
 from pathlib import Path
 
+from launch import race_command
 from launch.benchmark_build import BuildShape, benchmark_build, print_build
-from launch.benchmark_inference import benchmark_inference, print_table
 from launch.benchmark_latent import Grid, benchmark_latent, print_latent
 from launch.benchmark_loader import SHAPE, benchmark_loader, print_loader
 from launch.benchmark_loss import FULL, TIMED, LossShape, benchmark_loss, print_loss
 from launch.benchmark_quantizer import SHAPES, Shape, benchmark_quantizer, print_quantizer
 from launch.benchmark_training import benchmark_training, print_training
-from launch.config import BenchmarkConfig, load_config
+from launch.race_page import write_race
+from launch.race_table import print_run
 from launch.loader_rows import LoaderShape
 from launch.report_data import update_report
 
@@ -39,11 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inference = commands.add_parser("inference", help="latent decoding against autoregressive decoding")
-    inference.add_argument("--model", required=True, type=Path, help="directory of the exported models")
-    inference.add_argument("--data", required=True, type=Path, help="token shards, for the prompts")
-    inference.add_argument("--report", type=Path, help="report.json whose `speed` is to be set")
-    inference.add_argument("--config", help="run configuration, for its benchmark section")
-    inference.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --config")
+    race_command.add_arguments(inference)
     quantizer = commands.add_parser("quantizer", help="residual quantizer against vector-quantize-pytorch")
     quantizer.add_argument("--shape", type=int, nargs=4, metavar=("DIM", "C", "D", "N"), help="only this one")
     loss = commands.add_parser("loss", help="the head's cross-entropy against full logits")
@@ -79,13 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.command == "inference":
-            settings = BenchmarkConfig()
-            if args.config:
-                settings = load_config(args.config, overrides=args.overrides).benchmark
-            elif args.overrides:
-                raise ValueError("overrides need --config")
-            result = benchmark_inference(args.model, args.data, settings)
-            print_table(result)
+            result = race_command.run(args)
+            print_run(result)
         elif args.command == "quantizer":
             shapes = (Shape(*args.shape),) if args.shape else SHAPES
             result = benchmark_quantizer(shapes, args.repeats)
@@ -110,12 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.command == "inference" and args.report:
-        update_report(args.report, {"speed": result})
+        update_report(args.report, {"speed": result.pop("speed")})
         print(f"Report: {args.report}")
+    if args.command == "inference" and args.html:
+        print(f"Page: {write_race(result, args.html)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"Result: {args.json}")
+    if args.command == "inference":
+        print(race_command.next_steps(args))
     return 0
 
 

@@ -1,174 +1,304 @@
-"""Latent decoding against autoregressive decoding, side by side in one run.
+"""Latent decoding against whatever else one would pick, side by side in one run.
 
-Every row generates the same number of kept tokens from the same prompts, greedily and past any end of text.
+Every row continues the same prompts by the same number of kept tokens, greedily and past any end of text. Rows take
+turns after a warm-up of each. A row that cannot be run stays in the table, with the reason.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from data_pipeline import TokenDataset, load_tokenizer
-from launch import flops
+from launch import speed_model
 from launch.config import BenchmarkConfig
 from launch.environment import describe_environment
-from launch.measurement import take_turns
-from rqvae import FlatTransformer, LatentGenerator, LatentModel, load_codec, load_latent_model
-from rqvae.cached_decoding import CachedGreedyDecoder
-from rqvae.codec import Codec
-from rqvae.config import ArchitectureConfig
-from rqvae.generation import Timing
+from launch.race_models import Racers, parameter_bytes
+from launch.race_rows import NAMES, Output, Row, agreement, rows
+from launch.measurement import peak_extra_bytes, take_turns, time_limit
+from launch.unsloth_row import unsloth_row
+from launch.work_per_token import ar_work_per_token, latent_work_per_token
+from rqvae import FlatTransformer
+
+WARM_UP_TOKENS = 32
+"""Tokens that each row generates before it is timed: enough to compile and to touch every weight."""
+RANDOM_NOTE = "random weights: speed only; they repeat themselves, so speculative rows do not count"
+PARTS = ("encode", "spatial", "depth", "decode")
 
 
-def benchmark_inference(model: Path, data: Path, settings: BenchmarkConfig) -> dict[str, Any]:
-    """Latent decoding against the base LM: `transformers.generate`, and a loop as lean as ours."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_codec(model / "rqvae").to(device)
-    latent_model = load_latent_model(model / "rq_transformer").to(device)
-    latent = LatentGenerator(vae, latent_model, load_tokenizer(data))
-    if not (model / "base_lm").is_dir():
-        raise ValueError(
-            f"'{model}/base_lm' is missing, and without an autoregressive model there is no race; convert the "
-            "base_lm stage of this project or copy that of another one on the same data"
+def race(
+    racers: Racers,
+    prompts: list[list[int]],
+    settings: BenchmarkConfig,
+    machine: speed_model.Machine,
+    wanted: set[str],
+    bits_per_byte: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """One table.
+
+    Args:
+        prompts: as `settings` says.
+        machine: for the predictions.
+        wanted: keys of `NAMES`; the others are listed as left out.
+        bits_per_byte: of report.json, quality beside speed.
+
+    Returns:
+        rows, missing (key, name, reason), fastest_ar, and what was run. See `table_row` for the figures.
+    """
+    found, missing = rows(racers, prompts, settings.new_tokens, wanted)
+    warm_up(found, missing, min(settings.new_tokens, WARM_UP_TOKENS), settings.compile_limit_s)
+    outputs: dict[str, list[Output]] = {key: [] for key in found}
+    growth: dict[str, list[int | None]] = {key: [] for key in found}
+
+    def timed(key: str, row: Row) -> Callable[[], None]:
+        def run() -> None:
+            start = time.perf_counter()
+            done: list[Output] = []
+            growth[key].append(_peak(lambda: done.append(row.run(settings.new_tokens)), racers.device))
+            outputs[key] += done
+            progress(
+                f"{row.name}: {len(outputs[key])} of {settings.repeats}, {time.perf_counter() - start:.2f} s"
+            )
+
+        return run
+
+    def first(row: Row) -> Callable[[], Output]:
+        return lambda: row.run(min(row.first or 1, settings.new_tokens))
+
+    device = racers.device
+    seconds = take_turns({key: timed(key, row) for key, row in found.items()}, settings.repeats, device, True)
+    at_once = {key: first(row) for key, row in found.items() if row.first is not None}
+    first_s = take_turns(at_once, settings.repeats, device, True)
+    reference = outputs["generate"][0].token_ids if "generate" in outputs else None
+    table = []
+    for key, row in found.items():
+        table.append(
+            table_row(row, racers, settings, seconds[key], first_s.get(key, seconds[key]), outputs[key])
+            | {"peak_growth_bytes": max((grown for grown in growth[key] if grown is not None), default=None)}
         )
-    lm: Any = AutoModelForCausalLM.from_pretrained(model / "base_lm", dtype=torch.float32)
-    lm.to(device).eval()
-    prompts = prompts_from(data, settings.batch_size, settings.prompt_tokens)
-    prompt_ids = torch.tensor(prompts, device=device)
-    lean = CachedGreedyDecoder(lm, settings.prompt_tokens + settings.new_tokens)
-    parts: list[Timing] = []
-
-    def generate() -> torch.Tensor:
-        return lm.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            min_new_tokens=settings.new_tokens,
-            max_new_tokens=settings.new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=latent.tokenizer.pad_token_id,
-        )[:, settings.prompt_tokens :]
-
-    def decode_latents() -> None:
-        parts.append(latent.generate_tokens(prompts, settings.new_tokens, stop_at_end_of_text=False).timing)
-
-    agreement = float((generate() == lean.generate(prompt_ids, settings.new_tokens)).float().mean())
-    # What is fast must be what is good: a model that reads its own text is timed decoding it on the way.
-    mode = "streaming" if latent_model.config.reads_tokens else "deferred"
-    latent_row = f"latent, {mode} decoding"
-    rows: dict[str, Callable[[], Any]] = {
-        "base LM, transformers generate": generate,
-        "base LM, lean loop": lambda: lean.generate(prompt_ids, settings.new_tokens),
-        latent_row: decode_latents,
-    }
-    seconds = take_turns(rows, settings.repeats, device)
-    timings = parts[-settings.repeats :]
-    kept = settings.batch_size * settings.new_tokens
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    reference = median["base LM, transformers generate"]
-    work = work_per_token(vae, latent_model, settings)
-    table = [
-        {
-            "name": name,
-            "tokens_per_s": kept / median[name],
-            "ms_per_token": 1e3 * median[name] / settings.new_tokens,
-            "spread_ms_per_token": 1e3 * (max(values) - min(values)) / settings.new_tokens,
-            "speedup_over_generate": reference / median[name],
-            **work["latent" if name.startswith("latent") else "ar"],
-            "note": "same weights, a static cache and no library around it" if "lean" in name else "",
-        }
-        for name, values in seconds.items()
-    ]
-    split = {
-        f"{part}_ms": 1e3 * statistics.median(getattr(t, f"{part}_s") for t in timings) / settings.new_tokens
-        for part in ("encode", "spatial", "depth", "decode")
-    }
+    if "unsloth" in wanted:
+        entry = unsloth_row(racers, prompts, settings, reference)
+        progress(f"{NAMES['unsloth'][0]}: {entry.get('reason', 'done')}")
+        if "reason" in entry:
+            missing["unsloth"] = entry["reason"]
+        else:
+            table.append(entry)
+    for key in NAMES:
+        if key not in wanted:
+            missing[key] = "left out by --rows"
+    _compare(table, outputs, reference)
+    _predict(table, racers, settings, machine)
+    for entry in table:
+        entry["bits_per_byte"] = _quality(entry["kind"], bits_per_byte or {})
+    order = list(NAMES)
+    table.sort(key=lambda entry: order.index(entry["key"]))
+    codec = racers.latent.vae.config
     return {
-        "ar_tokens_per_s": kept / reference,
-        "latent_tokens_per_s": kept / median[latent_row],
-        "speedup": reference / median[latent_row],
-        "speedup_over_lean_loop": median["base LM, lean loop"] / median[latent_row],
-        "ar_ms": 1e3 * reference / settings.new_tokens,
-        **split,
         "rows": table,
-        "lean_loop_agreement": agreement,
+        "missing": [{"key": k, "name": NAMES[k][0], "reason": missing[k]} for k in order if k in missing],
+        "fastest_ar": next(
+            (entry["name"] for entry in table if entry["speedup_over_fastest_ar"] == 1.0), None
+        ),
+        "backbone_parameters": parameter_bytes(racers.lm) // racers.dtype.itemsize,
+        "compression_factor": codec.compression_factor,
+        "codebook_levels": codec.codebook_levels,
+        "codebook_size": codec.codebook_size,
+        "spatial": [
+            racers.latent.rq_transformer.config.spatial_layers,
+            racers.latent.rq_transformer.config.spatial_dim,
+        ],
+        "depth": [
+            racers.latent.rq_transformer.config.depth_layers,
+            racers.latent.rq_transformer.config.depth_dim,
+        ],
+        "ar_kv_bytes_per_token": racers.kv_bytes(racers.architecture),
+        "ar_kv_bytes_over_compression_factor": racers.kv_bytes(racers.architecture)
+        / codec.compression_factor,
         "kept_tokens": settings.new_tokens,
         "prompt_tokens": settings.prompt_tokens,
         "batch_size": settings.batch_size,
         "repeats": settings.repeats,
+    }
+
+
+def about(racers: Racers, machine: speed_model.Machine) -> dict[str, Any]:
+    """What holds for all tables of a run."""
+    return {
+        "is_trained": racers.is_trained,
+        "note": "trained models" if racers.is_trained else RANDOM_NOTE,
+        "dtype": str(racers.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "machine": {
+            "bandwidth_gb_s": machine.bandwidth / 1e9,
+            "matmul_gflops": machine.matmul / 1e9,
+            "launch_us": 1e6 * machine.launch_s,
+        },
         "environment": describe_environment(),
     }
 
 
-def prompts_from(data: Path, count: int, length: int) -> list[list[int]]:
-    """The first `length` tokens of the first long enough documents of the test split.
+def warm_up(found: dict[str, Row], missing: dict[str, str], tokens: int, compile_limit_s: float) -> None:
+    """Run every row once; a peer that fails, or does not finish compiling, moves to `missing` with the reason."""
+    for key, row in list(found.items()):
+        start = time.perf_counter()
+        try:
+            with time_limit(compile_limit_s if key == "compiled" else None):
+                row.run(tokens)
+        except Exception as error:
+            # Ours, and what all is compared with, must run.
+            if key not in ("static", "compiled", "lookup", "assisted"):
+                raise
+            if time.perf_counter() - start > compile_limit_s:
+                missing[key] = f"not compiled within {compile_limit_s:g} s (benchmark.compile_limit_s)"
+            else:
+                missing[key] = (
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                )
+            del found[key]
+        said = f"cannot be run: {missing[key]}" if key in missing else "warm"
+        progress(f"{row.name}: {said}, {time.perf_counter() - start:.2f} s")
+
+
+def table_row(
+    row: Row,
+    racers: Racers,
+    settings: BenchmarkConfig,
+    seconds: list[float],
+    first_s: list[float],
+    outputs: list[Output],
+) -> dict[str, Any]:
+    """The figures of a row by itself: speed, memory, parts of latent decoding, counted work."""
+    median, kept = statistics.median(seconds), settings.batch_size * settings.new_tokens
+    entry: dict[str, Any] = {
+        "key": row.key,
+        "name": row.name,
+        "kind": row.kind,
+        "tokens_per_s": kept / median,
+        "ms_per_token": 1e3 * median / settings.new_tokens,
+        "spread_ms_per_token": 1e3 * (max(seconds) - min(seconds)) / settings.new_tokens,
+        "first_text_ms": 1e3 * statistics.median(first_s),
+        "weight_bytes": parameter_bytes(*row.models),
+        "kv_bytes_per_token": row.kv_bytes,
+        "decoder_kv_bytes_per_token": row.decoder_kv_bytes,
+        "split_ms_per_token": None,
+        "overhead_share": None,
+        "note": "same weights, a static cache and no library around it" if row.key == "lean" else "",
+    }
+    timings = [output.timing for output in outputs if output.timing is not None]
+    if timings:
+        parts = {part: statistics.median(getattr(t, f"{part}_s") for t in timings) for part in PARTS}
+        entry["split_ms_per_token"] = {part: 1e3 * s / settings.new_tokens for part, s in parts.items()}
+        inside = [sum(getattr(t, f"{part}_s") for part in PARTS) for t in timings]
+        entry["overhead_share"] = statistics.median(
+            (wall - model) / model for wall, model in zip(seconds, inside, strict=True)
+        )
+    if row.kind == "ar":
+        entry |= ar_work_per_token(racers.architecture, settings)
+    elif row.kind != "speculative":  # whose work depends on what is accepted
+        models = racers.generator(row.kind)
+        entry |= latent_work_per_token(models.vae, models.rq_transformer, settings, row.key != "deferred")
+    return entry
+
+
+def _compare(table: list[dict[str, Any]], outputs: dict[str, list[Output]], reference: Any) -> None:
+    """Speed-ups, and how many tokens are those that the row should have written."""
+    ms = {entry["key"]: entry["ms_per_token"] for entry in table}
+    fastest = min((entry["ms_per_token"] for entry in table if entry["kind"] == "ar"), default=None)
+    for entry in table:
+        key, kind = entry["key"], entry["kind"]
+        entry["speedup_over_fastest_ar"] = fastest and fastest / entry["ms_per_token"]
+        entry["speedup_over_generate"] = ms["generate"] / entry["ms_per_token"] if "generate" in ms else None
+        if key in outputs and "agreement" not in entry:
+            expected = reference
+            if kind == "latent":
+                expected = outputs["deferred"][0].token_ids if "deferred" in outputs else None
+            elif kind == "identity":
+                expected = None
+            entry["agreement"] = agreement(outputs[key][0].token_ids, expected)
+
+
+def _predict(
+    table: list[dict[str, Any]], racers: Racers, settings: BenchmarkConfig, machine: speed_model.Machine
+) -> None:
+    """The speed model's figure beside the measured one, where it has one."""
+    shape = speed_model.Race(
+        settings.batch_size, settings.prompt_tokens, settings.new_tokens, racers.dtype.itemsize
+    )
+    for entry in table:
+        predicted = None
+        if entry["kind"] == "ar":
+            predicted = speed_model.autoregressive(racers.architecture, shape).seconds(machine)
+        elif entry["kind"] in ("latent", "identity"):
+            generator = racers.generator(entry["kind"])
+            if generator.vae.config.model != "anchor" and not isinstance(
+                generator.rq_transformer, FlatTransformer
+            ):
+                parts = speed_model.latent(
+                    generator.vae.config, generator.rq_transformer.config, shape, entry["key"] != "deferred"
+                )
+                split = {part: work.seconds(machine) for part, work in parts.items()}
+                entry["predicted_split_ms_per_token"] = {
+                    part: 1e3 * s / settings.new_tokens for part, s in split.items()
+                }
+                predicted = sum(split.values())
+        entry["predicted_ms_per_token"] = None if predicted is None else 1e3 * predicted / settings.new_tokens
+        entry["predicted_over_measured"] = (
+            None if predicted is None else entry["predicted_ms_per_token"] / entry["ms_per_token"]
+        )
+
+
+def _quality(kind: str, bits_per_byte: dict[str, float]) -> float | None:
+    key = {"ar": "base_lm", "speculative": "base_lm", "latent": "latent_bound", "identity": "identity_codec"}[
+        kind
+    ]
+    return bits_per_byte.get(key)
+
+
+def _peak(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Growth of memory while it runs: the device's, or the process's where the system tells it."""
+    if device.type != "cuda":
+        if not Path("/proc/self/clear_refs").exists():
+            run()
+            return None
+        return peak_extra_bytes(run)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def progress(text: str) -> None:
+    """A line for whoever waits."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def report_speed(table: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """`speed` of report.json: a table with the figures that the report and the demo read at its top.
 
     Raises:
-        ValueError: there are not enough.
+        ValueError: a row is missing that they need.
     """
-    dataset = TokenDataset(data, "test")
-    prompts: list[list[int]] = []
-    for index in range(len(dataset)):
-        batch = dataset.read([index])
-        ids, documents = batch["input_ids"][0], batch["document_ids"][0]
-        for document in range(1, int(documents.max()) + 1):
-            tokens = ids[documents == document]
-            if len(tokens) > length and len(prompts) < count:
-                prompts.append(tokens[:length].tolist())
-        if len(prompts) == count:
-            return prompts
-    raise ValueError(
-        f"'{data}' has {len(prompts)} test documents of more than {length} tokens, {count} needed"
-    )
-
-
-def work_per_token(
-    vae: Codec, latent_model: LatentModel, settings: BenchmarkConfig
-) -> dict[str, dict[str, float]]:
-    """Layer calls in sequence and forward FLOPs per kept token, prompt left out."""
-    factor = vae.config.compression_factor
-    architecture: ArchitectureConfig = vae.config.backbone.architecture
-    context = settings.prompt_tokens + settings.new_tokens / 2
-    shape = latent_model.config
-    layers = shape.spatial_layers + shape.codebook_levels * shape.depth_layers
-    if isinstance(latent_model, FlatTransformer):
-        layers = shape.codebook_levels * shape.spatial_layers
-    # The decoder runs once over all new tokens, or once per latent.
-    decoder_tokens = factor if shape.reads_tokens else settings.new_tokens
-    decoder_layers = 0 if vae.config.model == "identity" else vae.config.num_latent_layers
-    if vae.config.model != "identity" and vae.config.backbone.decoder != "none":
-        decoder_layers += architecture.num_hidden_layers
-    return {
-        "ar": {
-            "layer_calls_per_token": float(architecture.num_hidden_layers),
-            "flops_per_token": flops.backbone(architecture, context) + flops.head(architecture),
-        },
-        "latent": {
-            "layer_calls_per_token": layers / factor + decoder_layers / decoder_tokens,
-            "flops_per_token": flops.latent_model(type(latent_model).__name__, shape, 2 * context / factor)
-            / factor
-            + flops.codec(vae.config, round(2 * context)).decode,
-        },
-    }
-
-
-def print_table(speed: dict[str, Any]) -> None:
-    """The result for a person."""
-    print(f"{'':34}{'tokens/s':>10}{'ms/token':>10}{'speed-up':>10}{'layer calls':>13}{'MFLOP':>8}")
-    for row in speed["rows"]:
-        print(
-            f"{row['name']:34}{row['tokens_per_s']:10.1f}{row['ms_per_token']:10.2f}"
-            f"{row['speedup_over_generate']:9.2f}x{row['layer_calls_per_token']:13.2f}"
-            f"{row['flops_per_token'] / 1e6:8.1f}"
+    found = {entry["key"]: entry for entry in table["rows"]}
+    latent = found.get("deferred") or found.get("streaming")
+    if latent is None or "generate" not in found or "lean" not in found:
+        raise ValueError(
+            "--report needs the rows generate, lean, and deferred or streaming; name them in --rows"
         )
-    parts = ", ".join(
-        f"{part} {speed[part + '_ms']:.2f}" for part in ("encode", "spatial", "depth", "decode")
-    )
-    print(f"latent, ms per token: {parts}; batch {speed['batch_size']}, {speed['kept_tokens']} tokens kept")
+    generate, lean = found["generate"], found["lean"]
+    return {
+        "ar_tokens_per_s": generate["tokens_per_s"],
+        "latent_tokens_per_s": latent["tokens_per_s"],
+        "speedup": latent["speedup_over_generate"],
+        "speedup_over_lean_loop": lean["ms_per_token"] / latent["ms_per_token"],
+        "ar_ms": generate["ms_per_token"],
+        **{f"{part}_ms": latent["split_ms_per_token"][part] for part in PARTS},
+        "lean_loop_agreement": lean["agreement"],
+        **table,
+        **run,
+    }

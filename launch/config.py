@@ -185,6 +185,8 @@ class BenchmarkConfig(StrictModel):
     """Tokens generated and kept per sequence, the same for every row of the table."""
     repeats: int = Field(default=5, gt=0)
     """Timed repetitions; the median is reported."""
+    compile_limit_s: float = Field(default=180.0, gt=0)
+    """Seconds that `generate` gets to compile the base LM; if they do not do, its row says so."""
 
 
 class RunConfig(StrictModel):

@@ -7,7 +7,6 @@ around and split, one after another. The result is bit for bit what building it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -16,23 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launch.engine import on_all_ranks
-
-
-@contextmanager
-def parameters_without_storage() -> Iterator[None]:
-    """Modules that are made here get parameters on the meta device, and real buffers."""
-    register = nn.Module.register_parameter
-
-    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = without_storage  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+from launch.parameters import parameters_without_storage
 
 
 def build_split(

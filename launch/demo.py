@@ -163,7 +163,7 @@ def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> lis
         Step(
             "benchmark",
             [
-                *[python, "launch/benchmark.py", "inference"],
+                *[python, "launch/benchmark.py", "inference", "--rows", "generate,lean,deferred,streaming"],
                 *[*of_models, "--report", str(report), *with_config, *overrides],
             ],
             [Path(path), manifest, models],

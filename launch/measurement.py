@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,11 +21,15 @@ PEAK_PREFIX = "peak extra bytes: "
 
 
 def take_turns(
-    rows: dict[str, Callable[[], Any]], repeats: int, device: torch.device
+    rows: dict[str, Callable[[], Any]], repeats: int, device: torch.device, is_warm: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every row, `repeats` times in turn after one warm-up."""
+    """Seconds of every row, `repeats` times in turn after one warm-up.
+
+    Args:
+        is_warm: the rows have run before, the warm-up is left out.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for turn in range(repeats + 1):
+    for turn in range(int(is_warm), repeats + 1):
         for name, run in rows.items():
             start = time.perf_counter()
             run()
@@ -31,6 +38,34 @@ def take_turns(
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise a TimeoutError in what runs longer; None: no limit. For the main thread."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def available_bytes() -> int | None:
+    """Memory of this machine that is free or can be made so; None where the system does not say."""
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if match is None else 1024 * int(match[1])
 
 
 def time_rows(rows: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> list[dict[str, Any]]:

@@ -97,8 +97,11 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     Raises:
         ValueError: the directory holds neither report.json nor any stage's metrics.jsonl.
     """
-    page = render(read_inputs(run_dir))
-    target = run_dir / "report.html" if out is None else out
+    return write_page(render(read_inputs(run_dir)), run_dir / "report.html" if out is None else out)
+
+
+def write_page(page: str, target: Path) -> Path:
+    """Write a page whole or not at all, and return where it is."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -134,8 +137,8 @@ def read_inputs(run_dir: Path) -> Inputs:
     return Inputs(run_dir, report, curves, config)
 
 
-def render(inputs: Inputs) -> str:
-    """The page as HTML."""
+def page_environment() -> Environment:
+    """What the pages are made with: the templates and how they write numbers."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -147,6 +150,12 @@ def render(inputs: Inputs) -> str:
     environment.filters |= {"fixed": fixed, "visible": visible}
     numbers = itertools.count(1)
     environment.globals["next_number"] = lambda: next(numbers)
+    return environment
+
+
+def render(inputs: Inputs) -> str:
+    """The page as HTML."""
+    environment = page_environment()
     report = inputs.report
     codec = report.get("codec") or inputs.config.get("codec") or {}
     speed = report.get("speed") or {}

@@ -285,6 +285,45 @@ def speed_split(speed: Mapping[str, Any]) -> Figure | None:
     return _finish(canvas, caption + (f"; latent decoding is {split}." if split else "."))
 
 
+@_styled
+def race(table: Mapping[str, Any]) -> Figure | None:
+    """Bars of decoding time of all rows of a table of `launch/benchmark.py inference`, latent ones by part."""
+    rows = table["rows"]
+    if not rows:
+        return None
+    canvas, axes = _canvas("Time per token, lower is better", width=6.2, height=0.9 + 0.34 * len(rows))
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    colors = {"encode": GREY, "spatial": ORANGE, "depth": PURPLE, "decode": GREEN}
+    shown: set[str] = set()
+    for place, row in enumerate(rows):
+        split, left = row["split_ms_per_token"] or {}, 0.0
+        for part, width in split.items():
+            label = None if part in shown else part
+            axes.barh(place, width, left=left, color=colors[part], height=0.62, label=label)
+            shown.add(part)
+            left += width
+        rest = row["ms_per_token"] - left
+        axes.barh(place, max(rest, 0.0), left=left, color=BLUE if not split else _RULE, height=0.62)
+        axes.annotate(
+            f"{row['ms_per_token']:.3g}", (row["ms_per_token"], place), xytext=(4, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("milliseconds per kept token of each sequence")
+    if shown:
+        axes.legend(loc="lower right", ncols=4, borderaxespad=0, columnspacing=1)
+    return _finish(
+        canvas,
+        "Milliseconds per kept token: "
+        + ", ".join(f"{row['name']} {row['ms_per_token']:.3g}" for row in rows)
+        + ". Bars of latent decoding are split into encoding the prompt, spatial and depth transformer, and decoder.",
+    )
+
+
 def _canvas(title: str, width: float = 4.5, height: float = 2.7) -> tuple[Canvas, Axes]:
     canvas = Canvas(figsize=(width, height), layout="constrained")
     axes = canvas.add_subplot()

@@ -11,13 +11,16 @@ import torch
 
 from data_pipeline import TokenDataset, build, finish_codes, load_tokenizer, write_code_shard
 from launch import generate, tasks
-from launch.benchmark import benchmark_inference
+from launch.benchmark_inference import race
 from launch.config import BenchmarkConfig, EvaluationConfig, RunConfig, load_config
 from launch.dry_run import dry_run
 from launch.eval import evaluate
+from launch.race_models import trained
+from launch.race_prompts import prompts_from
 from launch.latent_model import describe_match, latent_model_config
 from launch.optimizer import parameter_groups
 from launch.paths import codes_directory
+from launch.speed_model import Machine
 from rqvae import RQVAE, BaseLM, FlatTransformer, LatentModel, RQTransformer, load_latent_model
 from tests.integration.conftest import NANO, write_corpus
 
@@ -184,7 +187,14 @@ def test_every_kind_is_evaluated_timed_and_generated_with(
     assert report["nats_per_token"]["latent_codes"] == pytest.approx(3 * 5 / 4 * 0.693, rel=0.3)
 
     timing = BenchmarkConfig(prompt_tokens=4, new_tokens=16, repeats=1)
-    rows = {entry["name"]: entry for entry in benchmark_inference(tmp_path, directory, timing)["rows"]}
+    racers = trained(tmp_path, directory, torch.float32, torch.device("cpu"))
+    wanted = {"generate", "lean", "deferred", "streaming"}
+    table = race(racers, prompts_from(directory, 1, 4), timing, Machine(1e9, 1e9, 1e-6), wanted)
+    rows = {entry["name"]: entry for entry in table["rows"]}
+    # A model that reads text has no deferred decoding; what has it streams too.
+    assert ("deferred" in {entry["key"] for entry in table["missing"]}) == ("streaming" in row)
+    assert "latent, streaming decoding" in rows
+    assert rows["base LM, lean loop"]["agreement"] == 1.0
     assert rows[row]["layer_calls_per_token"] == pytest.approx(layer_calls)
     assert rows[row]["tokens_per_s"] > 0
 
