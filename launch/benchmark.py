@@ -28,9 +28,9 @@ from launch.benchmark_loader import SHAPE, benchmark_loader, print_loader
 from launch.benchmark_loss import FULL, TIMED, LossShape, benchmark_loss, print_loss
 from launch.benchmark_quantizer import SHAPES, Shape, benchmark_quantizer, print_quantizer
 from launch.benchmark_training import benchmark_training, print_training
+from launch.loader_rows import LoaderShape
 from launch.race_page import write_race
 from launch.race_table import print_run
-from launch.loader_rows import LoaderShape
 from launch.report_data import update_report
 
 

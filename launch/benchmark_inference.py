@@ -18,9 +18,9 @@ import torch
 from launch import speed_model
 from launch.config import BenchmarkConfig
 from launch.environment import describe_environment
-from launch.race_models import Racers, parameter_bytes
-from launch.race_rows import NAMES, Output, Row, agreement, rows
 from launch.measurement import peak_extra_bytes, take_turns, time_limit
+from launch.race_models import Racers, parameter_bytes
+from launch.race_rows import COMPILED, NAMES, Output, Row, agreement, rows
 from launch.unsloth_row import unsloth_row
 from launch.work_per_token import ar_work_per_token, latent_work_per_token
 from rqvae import FlatTransformer
@@ -147,13 +147,13 @@ def warm_up(found: dict[str, Row], missing: dict[str, str], tokens: int, compile
     for key, row in list(found.items()):
         start = time.perf_counter()
         try:
-            with time_limit(compile_limit_s if key == "compiled" else None):
+            with time_limit(compile_limit_s if key in COMPILED else None):
                 row.run(tokens)
         except Exception as error:
             # Ours, and what all is compared with, must run.
-            if key not in ("static", "compiled", "lookup", "assisted"):
+            if key not in (*COMPILED, "static", "lookup", "assisted"):
                 raise
-            if time.perf_counter() - start > compile_limit_s:
+            if key in COMPILED and time.perf_counter() - start > compile_limit_s:
                 missing[key] = f"not compiled within {compile_limit_s:g} s (benchmark.compile_limit_s)"
             else:
                 missing[key] = (
@@ -178,6 +178,7 @@ def table_row(
         "key": row.key,
         "name": row.name,
         "kind": row.kind,
+        "is_streaming": row.is_streaming,
         "tokens_per_s": kept / median,
         "ms_per_token": 1e3 * median / settings.new_tokens,
         "spread_ms_per_token": 1e3 * (max(seconds) - min(seconds)) / settings.new_tokens,
@@ -201,7 +202,7 @@ def table_row(
         entry |= ar_work_per_token(racers.architecture, settings)
     elif row.kind != "speculative":  # whose work depends on what is accepted
         models = racers.generator(row.kind)
-        entry |= latent_work_per_token(models.vae, models.rq_transformer, settings, row.key != "deferred")
+        entry |= latent_work_per_token(models.vae, models.rq_transformer, settings, row.is_streaming)
     return entry
 
 
@@ -239,7 +240,11 @@ def _predict(
                 generator.rq_transformer, FlatTransformer
             ):
                 parts = speed_model.latent(
-                    generator.vae.config, generator.rq_transformer.config, shape, entry["key"] != "deferred"
+                    generator.vae.config,
+                    generator.rq_transformer.config,
+                    shape,
+                    entry["is_streaming"],
+                    entry["key"] in COMPILED,
                 )
                 split = {part: work.seconds(machine) for part, work in parts.items()}
                 entry["predicted_split_ms_per_token"] = {

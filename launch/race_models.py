@@ -264,8 +264,7 @@ def _generator(directory: Path, tokenizer: Any, dtype: torch.dtype, device: torc
         tokenizer,
     )
     for model in (generator.vae, generator.rq_transformer):
-        for parameter in model.parameters():  # codebooks are buffers, and stay in fp32
-            parameter.data = parameter.data.to(dtype)
+        model.to(dtype)
     return generator
 
 

@@ -5,7 +5,8 @@ All continue the same prompts by the same number of tokens, greedily and past an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from transformers import CompileConfig, StaticCache
 
 from launch.race_models import Racers
-from rqvae import FlatTransformer, LatentGenerator
+from rqvae import FlatTransformer, LatentGenerator, RQTransformer
 from rqvae.cached_decoding import CachedGreedyDecoder
 from rqvae.generation import Timing
+from rqvae.generation_checks import compile_depth_loop
 
 Kind = Literal["ar", "speculative", "latent", "identity"]
 NAMES: dict[str, tuple[str, Kind]] = {
@@ -31,9 +33,12 @@ NAMES: dict[str, tuple[str, Kind]] = {
     "identity": ("identity codec, tokens as codes", "identity"),
     "deferred": ("latent, deferred decoding", "latent"),
     "streaming": ("latent, streaming decoding", "latent"),
+    "deferred_compiled": ("latent, deferred, depth loop compiled", "latent"),
+    "streaming_compiled": ("latent, streaming, depth loop compiled", "latent"),
     "unsloth_decoder": ("latent, Unsloth under the decoder", "latent"),
 }
 """Title and kind of every row, by the name that `--rows` takes."""
+COMPILED = ("compiled", "deferred_compiled", "streaming_compiled")
 LOOKUP_TOKENS = 10
 """Tokens proposed at once by prompt lookup."""
 UNSLOTH_DECODER = (
@@ -75,6 +80,11 @@ class Row:
         return NAMES[self.key][0]
 
     @property
+    def is_streaming(self) -> bool:
+        """Text appears on the way."""
+        return self.first is not None
+
+    @property
     def kind(self) -> Kind:
         """What it is measured against."""
         return NAMES[self.key][1]
@@ -95,8 +105,9 @@ def rows(
         missing["unsloth_decoder"] = UNSLOTH_DECODER
     makers = {**_autoregressive(racers, prompts, new_tokens), **_latent(racers, prompts)}
     reads_tokens = racers.latent.rq_transformer.config.reads_tokens
-    if reads_tokens and "deferred" in wanted:
-        missing["deferred"] = "the latent model reads the tokens of every latent before it draws the next"
+    if reads_tokens:
+        reason = "the latent model reads the tokens of every latent before it draws the next"
+        missing |= dict.fromkeys(wanted & {"deferred", "deferred_compiled"}, reason)
     if len(prompts) > 1:
         for key in wanted & {"lookup", "assisted"}:
             missing.setdefault(key, f"transformers speculates for one sequence at a time, not {len(prompts)}")
@@ -164,7 +175,8 @@ def _autoregressive(
 def _latent(racers: Racers, prompts: list[list[int]]) -> dict[str, Callable[[], Row]]:
     def row(key: str, generator: LatentGenerator, mode: str) -> Row:
         def run(count: int) -> Output:
-            done = generator.generate_tokens(prompts, count, stop_at_end_of_text=False, mode=mode)
+            with compiled_depth_loop(generator) if key in COMPILED else nullcontext():
+                done = generator.generate_tokens(prompts, count, stop_at_end_of_text=False, mode=mode)
             return Output(done.token_ids, done.timing)
 
         vae, model = generator.vae, generator.rq_transformer
@@ -181,11 +193,25 @@ def _latent(racers: Racers, prompts: list[list[int]]) -> dict[str, Callable[[], 
     makers = {
         "deferred": lambda: row("deferred", racers.latent, "deferred"),
         "streaming": lambda: row("streaming", racers.latent, "streaming"),
+        "deferred_compiled": lambda: row("deferred_compiled", racers.latent, "deferred"),
+        "streaming_compiled": lambda: row("streaming_compiled", racers.latent, "streaming"),
     }
     if racers.identity is not None:
         on_tokens = racers.identity
         makers["identity"] = lambda: row("identity", on_tokens, "streaming")
     return makers
+
+
+@contextmanager
+def compiled_depth_loop(generator: LatentGenerator) -> Iterator[None]:
+    """As with `compile=True`, for one run: rows share the weights. What was compiled stays for the next run."""
+    model = generator.rq_transformer
+    compile_depth_loop(model)
+    assert isinstance(model, RQTransformer)
+    try:
+        yield
+    finally:
+        model.depth.is_compiled = False
 
 
 def latent_kv_bytes(generator: LatentGenerator, dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,11 @@ def autoregressive(architecture: ArchitectureConfig, race: Race) -> Work:
 
 
 def latent(
-    codec: RQVAEConfig, model: RQTransformerConfig, race: Race, streaming: bool = False
+    codec: RQVAEConfig,
+    model: RQTransformerConfig,
+    race: Race,
+    streaming: bool = False,
+    compiled: bool = False,
 ) -> dict[str, Work]:
     """All of a generation by part: encode, spatial, depth, decode.
 
@@ -144,6 +148,7 @@ def latent(
         codec: an RQVAE, or the identity codec, which neither encodes nor decodes.
         model: of an RQTransformer.
         streaming: decode every latent as it comes, not all at the end.
+        compiled: the depth transformer's step is one launch.
     """
     factor = codec.compression_factor
     num_prompt, num_new = math.ceil(race.prompt / factor), math.ceil(race.new / factor)
@@ -151,6 +156,8 @@ def latent(
     spatial += _spatial_pass(model, race, 1, num_prompt + num_new / 2) * (num_new - 1)
     levels = model.codebook_levels
     level = block_pass(model.depth_dim, model.depth_layers, model.mlp_ratio, race, 1, levels / 2, False)
+    if compiled:
+        level = replace(level, launches=1)
     entries = sum(model.codebook_sizes) / levels
     heads = Work(
         race.width * entries * (model.depth_dim + 2 * race.batch),

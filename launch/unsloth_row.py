@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from launch.config import BenchmarkConfig
+from launch.measurement import available_bytes
 from launch.race_models import Racers, parameter_bytes
 from launch.race_rows import NAMES, agreement
-from launch.measurement import available_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv-unsloth" / "bin" / "python"
@@ -80,6 +80,7 @@ def unsloth_row(
         "key": "unsloth",
         "name": NAMES["unsloth"][0],
         "kind": NAMES["unsloth"][1],
+        "is_streaming": True,
         "tokens_per_s": settings.batch_size * settings.new_tokens / median,
         "ms_per_token": 1e3 * median / settings.new_tokens,
         "spread_ms_per_token": 1e3 * (max(answer["seconds"]) - min(answer["seconds"])) / settings.new_tokens,

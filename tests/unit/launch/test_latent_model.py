@@ -15,11 +15,11 @@ from launch.benchmark_inference import race
 from launch.config import BenchmarkConfig, EvaluationConfig, RunConfig, load_config
 from launch.dry_run import dry_run
 from launch.eval import evaluate
-from launch.race_models import trained
-from launch.race_prompts import prompts_from
 from launch.latent_model import describe_match, latent_model_config
 from launch.optimizer import parameter_groups
 from launch.paths import codes_directory
+from launch.race_models import trained
+from launch.race_prompts import prompts_from
 from launch.speed_model import Machine
 from rqvae import RQVAE, BaseLM, FlatTransformer, LatentModel, RQTransformer, load_latent_model
 from tests.integration.conftest import NANO, write_corpus

@@ -18,12 +18,12 @@ from torch import nn
 from launch import benchmark, unsloth_row
 from launch.benchmark_inference import about, race, report_speed, warm_up
 from launch.config import BenchmarkConfig, RunConfig, load_config
+from launch.parameters import parameters_without_storage
 from launch.race_command import AXES, add_arguments, points
 from launch.race_models import Racers, fill_at_random, parameter_bytes, random_weights
 from launch.race_page import write_race
 from launch.race_prompts import random_prompts
 from launch.race_rows import NAMES, Output, Row, agreement
-from launch.parameters import parameters_without_storage
 from launch.speed_model import Machine
 from tests.integration.conftest import NANO
 
@@ -34,7 +34,8 @@ MACHINE = Machine(1e9, 1e9, 1e-6)
 SETTINGS = BenchmarkConfig(prompt_tokens=7, new_tokens=10, repeats=2)
 OURS = {"generate", "static", "lean", "lookup", "assisted", "identity", "deferred", "streaming"}
 FIGURES = {
-    "key", "name", "kind", "tokens_per_s", "ms_per_token", "spread_ms_per_token", "first_text_ms", "weight_bytes",
+    "key", "name", "kind", "is_streaming", "tokens_per_s", "ms_per_token", "spread_ms_per_token", "first_text_ms",
+    "weight_bytes",
     "peak_growth_bytes", "kv_bytes_per_token", "decoder_kv_bytes_per_token", "split_ms_per_token", "overhead_share",
     "speedup_over_fastest_ar", "speedup_over_generate", "agreement", "predicted_ms_per_token",
     "predicted_over_measured", "bits_per_byte", "note",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def test_the_parts_of_latent_decoding_by_hand() -> None:
     # The prompt at once, then 7 steps.
     assert parts["spatial"].bytes == 2 * (8 * layer + (1 + 7 * (2 + 4)) * 2 * 4)
     assert parts["depth"].launches == 16 * (speed_model.BLOCK_LAUNCHES + speed_model.LEVEL_LAUNCHES)
+    compiled = speed_model.latent(CODEC, MODEL, race, compiled=True)["depth"]
+    assert compiled == replace(parts["depth"], launches=16 * (1 + speed_model.LEVEL_LAUNCHES))
     identity = RQVAEConfig(model="identity", backbone=CODEC.backbone)
     tokens = MODEL.model_copy(update={"codebook_levels": 4, "codebook_size": 11})
     bare = speed_model.latent(identity, tokens, race)
