@@ -25,8 +25,8 @@ from launch.unsloth_row import unsloth_row
 from launch.work_per_token import ar_work_per_token, latent_work_per_token
 from rqvae import FlatTransformer
 
-WARM_UP_TOKENS = 32
-"""Tokens that each row generates before it is timed: enough to compile and to touch every weight."""
+WARM_UP_STEPS, WARM_UP_TOKENS, WARM_UP_S = 4, 32, 1.0
+"""Before it is timed each row takes so many steps, and if that took less than so long, it writes so many tokens."""
 RANDOM_NOTE = "random weights: speed only; they repeat themselves, so speculative rows do not count"
 PARTS = ("encode", "spatial", "depth", "decode")
 
@@ -51,7 +51,7 @@ def race(
         rows, missing (key, name, reason), fastest_ar, and what was run. See `table_row` for the figures.
     """
     found, missing = rows(racers, prompts, settings.new_tokens, wanted)
-    warm_up(found, missing, min(settings.new_tokens, WARM_UP_TOKENS), settings.compile_limit_s)
+    warm_up(found, missing, settings)
     outputs: dict[str, list[Output]] = {key: [] for key in found}
     growth: dict[str, list[int | None]] = {key: [] for key in found}
 
@@ -68,11 +68,11 @@ def race(
         return run
 
     def first(row: Row) -> Callable[[], Output]:
-        return lambda: row.run(min(row.first or 1, settings.new_tokens))
+        return lambda: row.run(min(row.chunk, settings.new_tokens))
 
     device = racers.device
     seconds = take_turns({key: timed(key, row) for key, row in found.items()}, settings.repeats, device, True)
-    at_once = {key: first(row) for key, row in found.items() if row.first is not None}
+    at_once = {key: first(row) for key, row in found.items() if row.is_streaming}
     first_s = take_turns(at_once, settings.repeats, device, True)
     reference = outputs["generate"][0].token_ids if "generate" in outputs else None
     table = []
@@ -142,13 +142,16 @@ def about(racers: Racers, machine: speed_model.Machine) -> dict[str, Any]:
     }
 
 
-def warm_up(found: dict[str, Row], missing: dict[str, str], tokens: int, compile_limit_s: float) -> None:
-    """Run every row once; a peer that fails, or does not finish compiling, moves to `missing` with the reason."""
+def warm_up(found: dict[str, Row], missing: dict[str, str], settings: BenchmarkConfig) -> None:
+    """Run every row; a peer that fails, or does not finish compiling, moves to `missing` with the reason."""
+    compile_limit_s = settings.compile_limit_s
     for key, row in list(found.items()):
         start = time.perf_counter()
         try:
             with time_limit(compile_limit_s if key in COMPILED else None):
-                row.run(tokens)
+                row.run(min(settings.new_tokens, WARM_UP_STEPS * row.chunk))
+                if time.perf_counter() - start < WARM_UP_S:
+                    row.run(min(settings.new_tokens, WARM_UP_TOKENS))
         except Exception as error:
             # Ours, and what all is compared with, must run.
             if key not in (*COMPILED, "static", "lookup", "assisted"):

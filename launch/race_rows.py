@@ -61,7 +61,8 @@ class Row:
 
     Attributes:
         run: continues the prompts by so many tokens.
-        first: tokens that appear first and at once; None where all appear at the end.
+        chunk: tokens that a step writes.
+        is_streaming: text appears on the way; otherwise all at the end.
         models: whose weights it needs.
         kv_bytes: bytes of keys and values per token of text and sequence: those kept between steps.
         decoder_kv_bytes: the same of the latent decoder: kept by streaming, filled at the end by deferred decoding.
@@ -69,7 +70,8 @@ class Row:
 
     key: str
     run: Callable[[int], Output]
-    first: int | None
+    chunk: int
+    is_streaming: bool
     models: tuple[nn.Module, ...]
     kv_bytes: float
     decoder_kv_bytes: float = 0.0
@@ -78,11 +80,6 @@ class Row:
     def name(self) -> str:
         """Title in tables."""
         return NAMES[self.key][0]
-
-    @property
-    def is_streaming(self) -> bool:
-        """Text appears on the way."""
-        return self.first is not None
 
     @property
     def kind(self) -> Kind:
@@ -139,7 +136,7 @@ def _autoregressive(
         return output(tokens[:, ids.shape[1] :])
 
     def row(key: str, run: Callable[[int], Output], *models: nn.Module) -> Row:
-        return Row(key, run, 1, (lm, *models), racers.kv_bytes(racers.architecture))
+        return Row(key, run, 1, True, (lm, *models), racers.kv_bytes(racers.architecture))
 
     def static(key: str) -> Row:
         cache = StaticCache(config=lm.config, max_cache_len=longest)
@@ -184,7 +181,8 @@ def _latent(racers: Racers, prompts: list[list[int]]) -> dict[str, Callable[[], 
         return Row(
             key,
             run,
-            None if mode == "deferred" else generator.compression_factor,
+            generator.compression_factor,
+            mode == "streaming",
             (vae, model),
             latent_kv_bytes(generator, racers.dtype),
             racers.kv_bytes(vae.config.backbone.architecture) if has_decoder else 0.0,

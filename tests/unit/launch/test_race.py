@@ -163,7 +163,7 @@ def test_unsloth_writes_what_transformers_writes(racers: Racers) -> None:
 
 
 def row(key: str, run: Any) -> Row:
-    return Row(key, run, 1, (), 0.0)
+    return Row(key, run, 1, True, (), 0.0)
 
 
 def test_a_peer_that_fails_or_does_not_compile_moves_to_the_missing() -> None:
@@ -176,12 +176,12 @@ def test_a_peer_that_fails_or_does_not_compile_moves_to_the_missing() -> None:
 
     found = {"static": row("static", fails), "compiled": row("compiled", compiles)}
     missing: dict[str, str] = {}
-    warm_up(found, missing, 1, compile_limit_s=0.1)
+    warm_up(found, missing, BenchmarkConfig(compile_limit_s=0.1))
     assert not found
     assert missing["static"] == "RuntimeError: no such kernel"
     assert missing["compiled"] == "not compiled within 0.1 s (benchmark.compile_limit_s)"
     with pytest.raises(RuntimeError, match="no such kernel"):
-        warm_up({"deferred": row("deferred", fails)}, {}, 1, 1.0)
+        warm_up({"deferred": row("deferred", fails)}, {}, BenchmarkConfig())
 
 
 @pytest.mark.parametrize("tied", [True, False])
