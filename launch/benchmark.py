@@ -105,13 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "inference" and args.report:
         update_report(args.report, {"speed": result.pop("speed")})
         print(f"Report: {args.report}")
-    if args.command == "inference" and args.html:
-        print(f"Page: {write_race(result, args.html)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"Result: {args.json}")
     if args.command == "inference":
+        if args.html:
+            print(f"Page: {write_race(result, args.html)}")
         print(race_command.next_steps(args))
     return 0
 

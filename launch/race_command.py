@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the arguments ask for.
 
     Returns:
-        What `about` says, `tables` (the centre first), `next`: what to run next; and with `--report` `speed`, which
-        is for report.json.
+        What `about` says, `tables` (the centre first), and with `--report` `speed`, which is for report.json.
 
     Raises:
         ValueError: arguments contradict each other, or a model cannot be loaded.

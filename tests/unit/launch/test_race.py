@@ -267,7 +267,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "--json", str(directory / "race.json"), "--html", str(directory / "race.html"),
         *DATA, "data.document_grid=16", "benchmark.new_tokens=8", "codec.compression_factor=2",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "base LM, lean loop: 1 of 1" in done.stderr  # a line of progress for every row
     return directory, done.stdout
