@@ -57,6 +57,11 @@ def train(*overrides: str, gpus: int = 1) -> Callable[[Path], list[str]]:
     return command
 
 
+def gpu_tests(file: str) -> Callable[[Path], list[str]]:
+    """Command of the tests in a file that need a GPU."""
+    return lambda _: [sys.executable, "-m", "pytest", "-q", "-m", "gpu", file]
+
+
 ROWS = (
     Row("bf16, one GPU, ZeRO-3", train("train.precision=bf16")),
     Row("fp32, one GPU, ZeRO-3", train("train.precision=fp32")),
@@ -77,19 +82,8 @@ ROWS = (
     Row("ZeRO++ hpZ", train("train.zero_hpz_partition_size=2", gpus=2), 2),
     Row("ZeRO++ quantized weights", train("train.zero_quantized_weights=true", gpus=2), 2),
     Row("ZeRO++ quantized gradients", train("train.zero_quantized_gradients=true", gpus=2), 2),
-    Row(
-        "CUDA graphs in decoding",
-        lambda _: [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "tests/unit/rqvae/test_generation_modes.py",
-        ],
-    ),
-    Row("Unsloth on a GPU", None),
+    Row("CUDA graphs in decoding", gpu_tests("tests/unit/rqvae/test_generation_modes.py")),
+    Row("Unsloth on a GPU", gpu_tests("tests/unit/launch/test_race.py")),
 )
 
 

@@ -162,6 +162,19 @@ def test_unsloth_writes_what_transformers_writes(racers: Racers) -> None:
     assert rows["unsloth"]["agreement"] == 1.0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_unsloth_races_on_a_gpu() -> None:
+    """In 16 bits, as it is used; `make unsloth` must have been run."""
+    on_gpu = random_weights(config(), torch.bfloat16, torch.device("cuda"))
+    result = race(
+        on_gpu, random_prompts(320, 1, 7), SETTINGS, MACHINE, {"generate", "lean", "deferred", "unsloth"}
+    )
+    assert {row["key"] for row in result["rows"]} == {"generate", "lean", "deferred", "unsloth"}, result[
+        "missing"
+    ]
+
+
 def row(key: str, run: Any) -> Row:
     return Row(key, run, 1, True, (), 0.0)
 
