@@ -29,7 +29,9 @@ from launch.benchmark_loss import FULL, TIMED, LossShape, benchmark_loss, print_
 from launch.benchmark_quantizer import SHAPES, Shape, benchmark_quantizer, print_quantizer
 from launch.benchmark_training import benchmark_training, print_training
 from launch.loader_rows import LoaderShape
+from launch.race_command import AXES, names_of
 from launch.race_page import write_race
+from launch.race_rows import NAMES
 from launch.race_table import print_run
 from launch.report_data import update_report
 
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inference = commands.add_parser("inference", help="latent decoding against autoregressive decoding")
-    race_command.add_arguments(inference)
+    add_inference_arguments(inference)
     quantizer = commands.add_parser("quantizer", help="residual quantizer against vector-quantize-pytorch")
     quantizer.add_argument("--shape", type=int, nargs=4, metavar=("DIM", "C", "D", "N"), help="only this one")
     loss = commands.add_parser("loss", help="the head's cross-entropy against full logits")
@@ -114,6 +116,31 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Page: {write_race(result, args.html)}")
         print(race_command.next_steps(args))
     return 0
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `inference`, but for `--json`, which every benchmark has."""
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", type=Path, help="directory of the exported models")
+    models.add_argument(
+        "--random", metavar="CONFIG", help="random weights of this configuration's shapes: speed only"
+    )
+    parser.add_argument("--data", type=Path, help="token shards, for the prompts; with --model")
+    parser.add_argument("--config", help="run configuration with a benchmark section; with --model")
+    parser.add_argument("--report", type=Path, help="report.json whose `speed` is to be set; with --model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, random bfloat16")
+    parser.add_argument("--rows", type=names_of(NAMES), default=list(NAMES), metavar="ROW,...",
+                        help=f"what races, of: {', '.join(NAMES)} (default: all)")  # fmt: skip
+    parser.add_argument("--axis", type=names_of(AXES), default=[], metavar="AXIS,...",
+                        help=f"further tables around the centre, along: {', '.join(AXES)}")  # fmt: skip
+    parser.add_argument(
+        "--assistant", type=Path, help="draft model: a directory; with --random an architecture's YAML file"
+    )
+    parser.add_argument(
+        "--identity", type=Path, help="models on tokens as codes (default: identity_codec in --model)"
+    )
+    parser.add_argument("--html", type=Path, help="page to write the tables to")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --random or --config")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line of `launch/benchmark.py inference`: which models, which rows, at which points."""
+"""`launch/benchmark.py inference`: which models race at which points, as its arguments say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from launch.benchmark_inference import about, progress, race, report_speed
 from launch.config import BenchmarkConfig, RunConfig, load_config
 from launch.race_models import Racers, random_weights, trained
 from launch.race_prompts import prompts_from, random_prompts
-from launch.race_rows import NAMES
 from launch.report_data import read_report
 from rqvae.config import ArchitectureConfig
 
@@ -47,31 +46,6 @@ AXES = {
     "prompt": Axis("benchmark.prompt_tokens", (32, 128, 512, 1024)),
     "output": Axis("benchmark.new_tokens", (64, 128, 256, 512)),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All but `--json`, which every benchmark has."""
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--model", type=Path, help="directory of the exported models")
-    models.add_argument(
-        "--random", metavar="CONFIG", help="random weights of this configuration's shapes: speed only"
-    )
-    parser.add_argument("--data", type=Path, help="token shards, for the prompts; with --model")
-    parser.add_argument("--config", help="run configuration with a benchmark section; with --model")
-    parser.add_argument("--report", type=Path, help="report.json whose `speed` is to be set; with --model")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, random bfloat16")
-    parser.add_argument("--rows", type=_names_of(NAMES), default=list(NAMES), metavar="ROW,...",
-                        help=f"what races, of: {', '.join(NAMES)} (default: all)")  # fmt: skip
-    parser.add_argument("--axis", type=_names_of(AXES), default=[], metavar="AXIS,...",
-                        help=f"further tables around the centre, along: {', '.join(AXES)}")  # fmt: skip
-    parser.add_argument(
-        "--assistant", type=Path, help="draft model: a directory; with --random an architecture's YAML file"
-    )
-    parser.add_argument(
-        "--identity", type=Path, help="models on tokens as codes (default: identity_codec in --model)"
-    )
-    parser.add_argument("--html", type=Path, help="page to write the tables to")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --random or --config")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,8 +126,8 @@ def architecture_of(file: Path) -> ArchitectureConfig:
         raise ValueError(f"'{file}' holds no architecture as in configs/backbones: {error}") from error
 
 
-def _names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
-    """Parser of a list of names with commas between them."""
+def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
+    """Parser of an argument: a list of names with commas between them."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")

@@ -142,7 +142,7 @@ def _autoregressive(
         cache = StaticCache(config=lm.config, max_cache_len=longest)
         compile_config = CompileConfig(fullgraph=False, mode="default")
         # Its name in transformers: compile on a CPU too.
-        compile_config._compile_all_devices = True
+        compile_config._compile_all_devices = True  # type: ignore[assignment]
         options = {"compile_config": compile_config} if key == "compiled" else {"disable_compile": True}
 
         def run(count: int) -> Output:
@@ -155,17 +155,21 @@ def _autoregressive(
         loop = CachedGreedyDecoder(lm, longest)
         return row("lean", lambda count: output(loop.generate(ids, count)))
 
+    def lookup() -> Row:
+        return row("lookup", lambda count: generate(count, prompt_lookup_num_tokens=LOOKUP_TOKENS))
+
+    def assisted() -> Row:
+        draft = racers.assistant
+        assert draft is not None  # else it is among the missing
+        return row("assisted", lambda count: generate(count, assistant_model=draft), draft)
+
     return {
         "generate": lambda: row("generate", generate),
         "static": lambda: static("static"),
         "compiled": lambda: static("compiled"),
         "lean": lean,
-        "lookup": lambda: row(
-            "lookup", lambda count: generate(count, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-        ),
-        "assisted": lambda: row(
-            "assisted", lambda count: generate(count, assistant_model=racers.assistant), racers.assistant
-        ),
+        "lookup": lookup,
+        "assisted": assisted,
     }
 
 

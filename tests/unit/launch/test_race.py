@@ -19,7 +19,7 @@ from launch import benchmark, unsloth_row
 from launch.benchmark_inference import about, race, report_speed, warm_up
 from launch.config import BenchmarkConfig, RunConfig, load_config
 from launch.parameters import parameters_without_storage
-from launch.race_command import AXES, add_arguments, points
+from launch.race_command import AXES, points
 from launch.race_models import Racers, fill_at_random, parameter_bytes, random_weights
 from launch.race_page import write_race
 from launch.race_prompts import random_prompts
@@ -232,7 +232,7 @@ def test_agreement_counts_places() -> None:
 @pytest.mark.parametrize("name", sorted(AXES))
 def test_all_points_of_an_axis_are_configurations(name: str) -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    benchmark.add_inference_arguments(parser)
     file = str(ROOT / "configs" / "benchmarks" / "qwen3_0.6b.yaml")
     found = list(points(parser.parse_args(["--random", file, "--axis", name, "benchmark.repeats=1"])))
     assert found[0] == (None, None, ["benchmark.repeats=1"])
