@@ -19,11 +19,11 @@ from launch import speed_model
 from launch.config import BenchmarkConfig
 from launch.environment import describe_environment
 from launch.measurement import peak_extra_bytes, take_turns, time_limit
+from launch.race_comparison import compare, predict, quality
 from launch.race_models import Racers, parameter_bytes
-from launch.race_rows import COMPILED, NAMES, Output, Row, agreement, rows
+from launch.race_rows import COMPILED, NAMES, Output, Row, rows
 from launch.unsloth_row import unsloth_row
 from launch.work_per_token import ar_work_per_token, latent_work_per_token
-from rqvae import FlatTransformer
 
 WARM_UP_STEPS, WARM_UP_TOKENS, WARM_UP_S = 4, 32, 1.0
 """Before it is timed each row takes so many steps, and if that took less than so long, it writes so many tokens."""
@@ -91,10 +91,10 @@ def race(
     for key in NAMES:
         if key not in wanted:
             missing[key] = "left out by --rows"
-    _compare(table, outputs, reference)
-    _predict(table, racers, settings, machine)
+    compare(table, outputs, reference)
+    predict(table, racers, settings, machine)
     for entry in table:
-        entry["bits_per_byte"] = _quality(entry["kind"], bits_per_byte or {})
+        entry["bits_per_byte"] = quality(entry["kind"], bits_per_byte or {})
     order = list(NAMES)
     table.sort(key=lambda entry: order.index(entry["key"]))
     codec = racers.latent.vae.config
@@ -191,7 +191,7 @@ def table_row(
         "decoder_kv_bytes_per_token": row.decoder_kv_bytes,
         "split_ms_per_token": None,
         "overhead_share": None,
-        "note": "same weights, a static cache and no library around it" if row.key == "lean" else "",
+        "note": _note(row, racers),
     }
     timings = [output.timing for output in outputs if output.timing is not None]
     if timings:
@@ -209,62 +209,12 @@ def table_row(
     return entry
 
 
-def _compare(table: list[dict[str, Any]], outputs: dict[str, list[Output]], reference: Any) -> None:
-    """Speed-ups, and how many tokens are those that the row should have written."""
-    ms = {entry["key"]: entry["ms_per_token"] for entry in table}
-    fastest = min((entry["ms_per_token"] for entry in table if entry["kind"] == "ar"), default=None)
-    for entry in table:
-        key, kind = entry["key"], entry["kind"]
-        entry["speedup_over_fastest_ar"] = fastest and fastest / entry["ms_per_token"]
-        entry["speedup_over_generate"] = ms["generate"] / entry["ms_per_token"] if "generate" in ms else None
-        if key in outputs and "agreement" not in entry:
-            expected = reference
-            if kind == "latent":
-                expected = outputs["deferred"][0].token_ids if "deferred" in outputs else None
-            elif kind == "identity":
-                expected = None
-            entry["agreement"] = agreement(outputs[key][0].token_ids, expected)
-
-
-def _predict(
-    table: list[dict[str, Any]], racers: Racers, settings: BenchmarkConfig, machine: speed_model.Machine
-) -> None:
-    """The speed model's figure beside the measured one, where it has one."""
-    shape = speed_model.Race(
-        settings.batch_size, settings.prompt_tokens, settings.new_tokens, racers.dtype.itemsize
-    )
-    for entry in table:
-        predicted = None
-        if entry["kind"] == "ar":
-            predicted = speed_model.autoregressive(racers.architecture, shape).seconds(machine)
-        elif entry["kind"] in ("latent", "identity"):
-            generator = racers.generator(entry["kind"])
-            if generator.vae.config.model != "anchor" and not isinstance(
-                generator.rq_transformer, FlatTransformer
-            ):
-                parts = speed_model.latent(
-                    generator.vae.config,
-                    generator.rq_transformer.config,
-                    shape,
-                    entry["is_streaming"],
-                    entry["key"] in COMPILED,
-                )
-                split = {part: work.seconds(machine) for part, work in parts.items()}
-                entry["predicted_split_ms_per_token"] = {
-                    part: 1e3 * s / settings.new_tokens for part, s in split.items()
-                }
-                predicted = sum(split.values())
-        entry["predicted_ms_per_token"] = None if predicted is None else 1e3 * predicted / settings.new_tokens
-        entry["predicted_over_measured"] = (
-            None if predicted is None else entry["predicted_ms_per_token"] / entry["ms_per_token"]
-        )
-
-
-def _quality(kind: str, bits_per_byte: dict[str, float]) -> float | None:
-    key = {"ar": "base_lm", "speculative": "base_lm", "latent": "latent_bound", "identity": "identity_codec"}[
-        kind
-    ]
-    return bits_per_byte.get(key)
+def _note(row: Row, racers: Racers) -> str:
+    if row.key == "lean":
+        return "same weights, a static cache and no library around it"
+    if row.kind == "speculative" and not racers.is_trained:
+        return "does not count: random weights repeat themselves"
+    return ""
 
 
 def _peak(run: Callable[[], Any], device: torch.device) -> int | None:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.random else "float32"))
     machine = speed_model.measure_machine(dtype, device)
-    bits = read_report(args.report).get("bits_per_byte") if args.report and args.report.is_file() else None
+    bits = None if args.random else read_report(_report_of(args)).get("bits_per_byte")
     tables: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     racers: Racers | None = None
@@ -152,6 +152,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--axis {','.join(fixed)}: trained models are as they are; give --random CONFIG")
     if args.axis and not args.config:
         raise ValueError("--axis with --model needs --config, whose benchmark section is the centre")
+
+
+def _report_of(args: argparse.Namespace) -> Path:
+    """Where the models' quality is told: by default beside them, as launch/demo.py leaves it."""
+    return args.report or args.model.parent / "report.json"
 
 
 def _config(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig | None:

@@ -95,6 +95,10 @@ def test_figures_of_rows(table: dict[str, Any], racers: Racers) -> None:
     assert rows["deferred"]["first_text_ms"] == pytest.approx(rows["deferred"]["ms_per_token"] * 10)
     assert (rows["generate"]["bits_per_byte"], rows["streaming"]["bits_per_byte"]) == (2.0, 3.0)
     assert rows["identity"]["bits_per_byte"] is None
+    assert {key for key, row in rows.items() if row["note"].startswith("does not count")} == {
+        "lookup",
+        "assisted",
+    }
 
 
 def test_what_the_report_and_the_demo_read(table: dict[str, Any], racers: Racers) -> None:
