@@ -127,7 +127,9 @@ def model_states(rank: int, world_size: int, port: int, phase: str, precision: s
     from launch.optimizer import parameter_groups
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    config = load_config(CONFIGS / "tiny_rqvae.yaml", stage="rqvae", overrides=[f"train.precision={precision}"])
+    config = load_config(
+        CONFIGS / "tiny_rqvae.yaml", stage="rqvae", overrides=[f"train.precision={precision}"]
+    )
     task = RQVAETask(config)
     model = task.create_model()
     task.set_phase(model, next(p for p in task.phases() if p.name == phase))

@@ -82,7 +82,9 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
 
     def fits(size: int) -> bool:
         overrides = [f"train.micro_batch_size={size}", f"train.global_batch_size={2 * size}"]
-        return plan(load_config(CONFIGS / "tiny_rqvae.yaml", overrides=overrides), 2)[1].memory.peak <= 40 * GIB
+        return (
+            plan(load_config(CONFIGS / "tiny_rqvae.yaml", overrides=overrides), 2)[1].memory.peak <= 40 * GIB
+        )
 
     assert 0 < found[40] < found[80] < found[141]
     assert fits(found[40])
