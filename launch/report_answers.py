@@ -98,7 +98,8 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
             "How much do the convolutions lose by themselves?",
             None,
             lambda _: None,
-            "python launch/train.py --config configs/tiny_rqvae.yaml --stage rqvae stages.rqvae.quantizer_warmup_steps=460",
+            "python launch/train.py --config configs/tiny_rqvae.yaml --stage rqvae "
+            "stages.rqvae.quantizer_warmup_steps=460",
         ),
         with_text("Is uniform usage a goal?", "quantizer", uniformity),
     ]
