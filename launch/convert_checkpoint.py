@@ -128,8 +128,12 @@ def write_joint(model: RQVAEWithPrior, state: ShardedState, destination: Path) -
             codec_hash = load_codec(destination / "rqvae").codec_hash()
             model.prior.config = model.prior.config.model_copy(update={"codec_hash": codec_hash})
         partial = empty_partial(destination / name)
-        write_model(part, lambda tensor, prefix=prefix: state.tensor(prefix + tensor), partial)
+        write_model(part, _with_prefix(state, prefix), partial)
         partial.replace(destination / name)
+
+
+def _with_prefix(state: ShardedState, prefix: str) -> Callable[[str], Tensor]:
+    return lambda name: state.tensor(prefix + name)
 
 
 def from_reference(source: Path, destination: Path, config_path: Path) -> None:

@@ -171,7 +171,7 @@ def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
         kept = memory.codec(config.codec, length, width(config), is_full, recompute)
         per_token = costs.train_full if is_full else costs.train_frozen
         head = (architecture.hidden_size, architecture.vocab_size)
-        trains_head = task.reconstructing_head(model).weight.requires_grad
+        trains_head = bool(task.reconstructing_head(model).weight.requires_grad)  # type: ignore[arg-type]
         plans.append(phase_plan(config, gpus, phase, model, kept, head, trains_head, per_token))
     return plans
 
