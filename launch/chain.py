@@ -171,12 +171,17 @@ class Commands:
 
 
 def backbone_override(config: RunConfig, base_lm: Path) -> list[str]:
-    """What starts the codec from `base_lm`, unless the configuration names another backbone or wants a random one."""
+    """What starts the codec from `base_lm`, where it may."""
+    return [f"codec.backbone.pretrained={base_lm}"] if may_start_from_base_lm(config) else []
+
+
+def may_start_from_base_lm(config: RunConfig) -> bool:
+    """The codec has a backbone to start from the base LM: the configuration names no other, and wants no random one."""
     backbone = config.codec.backbone
-    is_random = config.codec.model == "anchor" and backbone.decoder == "random"
-    if backbone.pretrained is not None or is_random:
-        return []
-    return [f"codec.backbone.pretrained={base_lm}"]
+    has_backbone = config.codec.model == "rqvae" or (
+        config.codec.model == "anchor" and backbone.decoder == "same"
+    )
+    return has_backbone and backbone.pretrained is None
 
 
 def chain(config: RunConfig, path: str, overrides: list[str], ranks: int) -> list[Step]:

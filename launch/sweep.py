@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.yaml_config import ConfigError, merge, read_yaml, validate
+from launch.chain import may_start_from_base_lm
 from launch.config import RunConfig, compose_config, inline_architectures, read_config_file
 from launch.steps import as_text
 from rqvae.config import StrictModel
@@ -38,7 +39,8 @@ class Trial(StrictModel):
     stage is left out by itself with `codec.model: identity`."""
     pretrained_backbone: bool = True
     """The codec's backbones start from the base LM that is trained for the trial, which then counts in its compute;
-    false: from random weights. No effect where `codec.backbone.pretrained` names another."""
+    false: from random weights. No effect where `codec.backbone.pretrained` names another, or anchors have
+    `codec.backbone.decoder: random`."""
     match_compute: str | None = None
     """A trial without match_compute. The steps of this trial's last stage are set so that its whole training takes as
     many FLOPs: base LM where the backbones start from it, codec, encoding, latent model."""
@@ -129,7 +131,7 @@ class PlannedTrial:
         return (
             self.spec.pretrained_backbone
             and {"base_lm", "rqvae"} <= set(self.stages)
-            and self.config.codec.backbone.pretrained is None
+            and may_start_from_base_lm(self.config)
         )
 
 

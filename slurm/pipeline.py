@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from launch import run_status
+from launch.chain import backbone_override
 from launch.config import RunConfig, Stage, load_config
 from launch.paths import model_directory, project_directory, run_directory
 from launch.submission import Job, submit_in_order
@@ -62,7 +63,7 @@ def jobs_after_data(args: argparse.Namespace, config: RunConfig) -> list[Job]:
     if own_backbone:
         train("base_lm")
     if config.codec.model != "identity":
-        train("rqvae", *([f"codec.backbone.pretrained={models / 'base_lm'}"] if own_backbone else []))
+        train("rqvae", *backbone_override(config, models / "base_lm"))
     jobs += code_jobs(config, args.config, overrides, args.max_tasks, args.at_once, args.sbatch)
     train("rq_transformer")
     of_models = ["--model", str(models), "--data", config.data.directory]
