@@ -176,7 +176,7 @@ def backbone_override(config: RunConfig, base_lm: Path) -> list[str]:
 
 
 def may_start_from_base_lm(config: RunConfig) -> bool:
-    """The codec has a backbone to start from the base LM: the configuration names no other and wants no random one."""
+    """The codec has a backbone to start from the base LM: no other is named, and no random one wanted."""
     backbone = config.codec.backbone
     has_backbone = config.codec.model == "rqvae" or (
         config.codec.model == "anchor" and backbone.decoder == "same"
