@@ -120,6 +120,8 @@ def rq_transformer(config: RQTransformerConfig, num_latents: float) -> LatentMod
         spatial = block(dim, config.spatial_layers, config.mlp_ratio, num_latents / 2)
     else:
         spatial = backbone(config.spatial_backbone.architecture, num_latents / 2)
+    if config.embedding == "shared" and config.spatial_input != "tokens":
+        spatial += 2 * levels * dim * dim
     if config.reads_tokens:
         spatial += 2 * (config.compression_factor * dim * 2 * dim + 2 * dim * dim)
     depth = block(config.depth_dim, config.depth_layers, config.mlp_ratio, levels / 2) * levels
@@ -152,13 +154,16 @@ def block_parameters(dim: int, num_layers: int, mlp_ratio: float) -> int:
 def _code_parameters(config: RQTransformerConfig, dim: int) -> tuple[int, int]:
     """Parameters of the embeddings of all codes, and of the heads."""
     sizes = config.codebook_sizes
-    return dim * sum(sizes), dim * (sizes[0] if config.head == "shared" else sum(sizes))
+    embeddings = sizes[0] if config.embedding == "shared" else sum(sizes)
+    return dim * embeddings, dim * (sizes[0] if config.head == "shared" else sum(sizes))
 
 
 def rq_transformer_parameters(config: RQTransformerConfig) -> int:
     """Parameters of an RQTransformer that reads codes only and has layers of its own."""
     dim, depth_dim = config.spatial_dim, config.depth_dim
     spatial = _code_parameters(config, dim)[0] + dim
+    if config.embedding == "shared":
+        spatial += config.codebook_levels * dim * dim
     spatial += block_parameters(dim, config.spatial_layers, config.mlp_ratio)
     depth = sum(_code_parameters(config, depth_dim)) + depth_dim * (dim + config.codebook_levels)
     return spatial + depth + block_parameters(depth_dim, config.depth_layers, config.mlp_ratio)

@@ -331,6 +331,9 @@ class RQTransformerShape(StrictModel):
     rope_theta: float = Field(default=1e4, gt=0)
     head: Literal["per_level", "shared"] = "per_level"
     """Output heads of the D levels: one for each, or one for all, which needs codebooks of equal size."""
+    embedding: Literal["per_level", "shared"] = "per_level"
+    """A code's embedding: of its level, or the same at all levels, which needs codebooks of equal size. Residual
+    codes mean another thing at every level; tokens as codes do not, and are learnt from all levels together."""
     depth_input: Literal["sum", "code"] = "sum"
     """What the depth transformer reads of the levels before: at every level the sum of all codes so far (Lee 2022,
     equation 11), or the one code before, as attention finds the others. The sum suits residual codes, which add up; a
@@ -428,6 +431,10 @@ class RQTransformerConfig(RQTransformerShape):
         if self.head == "shared" and len(set(self.codebook_sizes)) > 1:
             raise ValueError(
                 f"head: shared needs codebooks of one size, not {list(self.codebook_sizes)}; use per_level"
+            )
+        if self.embedding == "shared" and len(set(self.codebook_sizes)) > 1:
+            raise ValueError(
+                f"embedding: shared needs codebooks of one size, not {list(self.codebook_sizes)}; use per_level"
             )
         if self.reads_tokens and self.vocab_size is None:
             raise ValueError(f"spatial_input: {self.spatial_input} needs vocab_size")

@@ -33,7 +33,9 @@ class FlatTransformer(LatentModel):
         if config.reads_tokens or config.spatial_backbone is not None:
             raise ValueError("a FlatTransformer reads codes only and has no spatial_backbone")
         super().__init__(config)
-        self.embedding = CodeEmbedding(config.codebook_sizes, config.spatial_dim)
+        self.embedding = CodeEmbedding(
+            config.codebook_sizes, config.spatial_dim, config.embedding == "shared"
+        )
         self.level_positions = nn.Parameter(torch.randn(config.codebook_levels, config.spatial_dim) * 0.02)
         self.start = nn.Parameter(torch.randn(config.spatial_dim) * 0.02)
         self.block = TransformerBlock(

@@ -93,8 +93,9 @@ class ChunkEmbedding(nn.Module):
 class SpatialTransformer(nn.Module):
     """Context of every position from the positions before (Lee 2022, equations 9-10).
 
-    The input at position j is made of position j - 1: the sum over levels of the embeddings of its codes, an
-    embedding of its tokens (`ChunkEmbedding`), or both added. A document starts from a learned vector.
+    The input at position j is made of position j - 1: the sum over levels of the embeddings of its codes (with
+    `embedding: shared` a linear map of all of them), an embedding of its tokens (`ChunkEmbedding`), or both added. A
+    document starts from a learned vector.
     """
 
     def __init__(self, config: RQTransformerConfig):
@@ -102,7 +103,12 @@ class SpatialTransformer(nn.Module):
         dim = config.spatial_dim
         self.embedding: CodeEmbedding | None = None
         if config.spatial_input != "tokens":
-            self.embedding = CodeEmbedding(config.codebook_sizes, dim)
+            self.embedding = CodeEmbedding(config.codebook_sizes, dim, config.embedding == "shared")
+        # Embeddings that do not tell levels apart are put side by side, not added.
+        self.join: nn.Linear | None = None
+        if self.embedding is not None and config.embedding == "shared":
+            self.join = nn.Linear(config.codebook_levels * dim, dim, bias=False)
+            nn.init.normal_(self.join.weight, std=self.join.in_features**-0.5)
         self.start = nn.Parameter(torch.randn(dim) * 0.02)
         self.block: TransformerBlock | BackboneBlock
         if config.spatial_backbone is None:
@@ -131,7 +137,10 @@ class SpatialTransformer(nn.Module):
         Returns:
             [B, S, E].
         """
-        embedded = None if self.embedding is None else self.embedding(codes).sum(-2)
+        embedded = None
+        if self.embedding is not None:
+            embedded = self.embedding(codes)
+            embedded = embedded.sum(-2) if self.join is None else self.join(embedded.flatten(-2))
         if self.chunk_embedding is not None:
             assert input_ids is not None
             if is_token is None:
@@ -183,7 +192,7 @@ class DepthTransformer(nn.Module):
         super().__init__()
         self.num_levels = config.codebook_levels
         self.adds_up = config.depth_input == "sum"
-        self.embedding = CodeEmbedding(config.codebook_sizes, config.depth_dim)
+        self.embedding = CodeEmbedding(config.codebook_sizes, config.depth_dim, config.embedding == "shared")
         self.from_context = nn.Linear(config.spatial_dim, config.depth_dim, bias=False)
         self.level_positions = nn.Parameter(torch.randn(config.codebook_levels, config.depth_dim) * 0.02)
         self.block = TransformerBlock(

@@ -102,10 +102,11 @@ def latent_config(**changes: Any) -> RQTransformerConfig:
     [
         {},
         {"head": "shared"},
+        {"embedding": "shared"},
         {"spatial_input": "tokens", "vocab_size": 320},
         {"spatial_backbone": {"architecture": ARCHITECTURE}},
     ],
-    ids=["plain", "shared head", "tokens", "backbone"],
+    ids=["plain", "shared head", "shared embedding", "tokens", "backbone"],
 )
 def test_rq_transformer_counts(changes: dict[str, Any]) -> None:
     config = latent_config(**changes)

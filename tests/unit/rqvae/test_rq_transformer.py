@@ -27,17 +27,20 @@ both = pytest.mark.parametrize("model_class", [RQTransformer, FlatTransformer])
 TOKENS = {"spatial_input": "tokens", "vocab_size": VOCAB_SIZE}
 BOTH = {"spatial_input": "both", "vocab_size": VOCAB_SIZE}
 SHARED = {"head": "shared", "codebook_size": 16}
+SHARED_EMBEDDING = {"embedding": "shared", "depth_input": "code", "codebook_size": 16}
 BACKBONE = {"spatial_backbone": "qwen3"}  # filled in by the fixture
 VARIANTS: dict[str, tuple[type[LatentModel], dict[str, Any]]] = {
     "rq": (RQTransformer, {}),
     "rq, shared head": (RQTransformer, SHARED),
     "rq, code before": (RQTransformer, {"depth_input": "code"}),
+    "rq, shared embedding": (RQTransformer, SHARED_EMBEDDING),
     "rq, tokens": (RQTransformer, TOKENS),
     "rq, both": (RQTransformer, BOTH),
     "rq, qwen": (RQTransformer, BACKBONE),
     "rq, llama, tokens": (RQTransformer, {"spatial_backbone": "llama", **TOKENS}),
     "flat": (FlatTransformer, {}),
     "flat, shared head": (FlatTransformer, SHARED),
+    "flat, shared embedding": (FlatTransformer, {"embedding": "shared", "codebook_size": 16}),
 }
 
 
@@ -360,7 +363,7 @@ def test_a_model_saved_before_the_options_existed_loads(tmp_path: Path) -> None:
     model = RQTransformer(make_config())
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    for name in ("head", "spatial_input", "spatial_backbone", "vocab_size"):
+    for name in ("head", "embedding", "spatial_input", "spatial_backbone", "vocab_size"):
         del content["config"][name]
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert load_latent_model(tmp_path).config == model.config
@@ -414,3 +417,14 @@ def test_codes_enter_at_the_scale_of_what_they_are_added_to() -> None:
     for embedding in (model.spatial.embedding, model.depth.embedding):
         assert embedding is not None
         assert 0.8 < embedding(codes).sum(-2).std() < 1.2
+
+
+def test_a_shared_embedding_tells_places_apart_but_not_what_codes_mean() -> None:
+    model = RQTransformer(make_config(**SHARED_EMBEDDING))
+    assert len(model.depth.embedding.table.weight) == 16
+    codes = random_codes(1, 4, sizes=(16, 16, 16))
+    assert torch.equal(
+        model.depth.embedding.level(codes[..., 0], 0), model.depth.embedding.level(codes[..., 0], 2)
+    )
+    swapped = codes[..., [1, 0, 2]]
+    assert not torch.allclose(model.spatial.embed(codes), model.spatial.embed(swapped))
