@@ -141,7 +141,8 @@ class Commands:
 
     def benchmark(self, models: Sequence[Path]) -> Step:
         """Speed of decoding, of `models`."""
-        return self._measure("benchmark", ["launch/benchmark.py", "inference"], "--report", models)
+        command = ["launch/benchmark.py", "inference", "--rows", "generate,lean,deferred,streaming"]
+        return self._measure("benchmark", command, "--report", models)
 
     def _measure(self, name: str, command: list[str], report: str, models: Sequence[Path]) -> Step:
         places = ["--model", str(self.models), "--data", self.config.data.directory]

@@ -47,6 +47,7 @@ SWEEP: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow  # thirty commands one after another
 def test_a_sweep_from_end_to_end(tmp_path: Path, nano_data: list[str]) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(SWEEP, sort_keys=False))

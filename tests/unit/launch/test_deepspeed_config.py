@@ -25,7 +25,10 @@ def parsed(train: TrainConfig, precision: Literal["bf16", "fp32"], monkeypatch: 
 def test_deepspeed_accepts_the_dict_of_every_shipped_config(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    has_anchors = load_config(path).codec.model == "anchor"
     for stage in STAGES:
+        if has_anchors and stage == "joint":
+            continue  # which refuses anchors
         train = load_config(path, stage=stage).train
         for precision in ("bf16", "fp32"):
             result = parsed(train, precision, monkeypatch)

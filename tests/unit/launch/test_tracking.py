@@ -140,7 +140,7 @@ def test_an_offline_run_and_its_resume_are_read_back(tmp_path: Path) -> None:
 
     for segment in (first, second):
         (run,) = [record.run for record in segment if record.WhichOneof("record_type") == "run"]
-        assert (run.run_id, run.project, run.display_name) == (run_id, "rqvae-text", "tiny-rqvae")
+        assert (run.run_id, run.project, run.display_name) == (run_id, "rqvae-text", "tiny_rqvae-rqvae")
         metrics = [record.metric for record in segment if record.WhichOneof("record_type") == "metric"]
         assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)
     settings = {item.key: item.value_json for item in run.config.update}
