@@ -29,8 +29,9 @@ def test_the_stage_joint_gives_a_codec_and_its_latent_model(tmp_path: Path, nano
     assert f"{tmp_path}/two/model --to safetensors" in result.stdout.replace("/one/", "/two/")
     two, one = (records(tmp_path / f"{name}/joint/metrics.jsonl") for name in ("two", "one"))
     for ours, theirs in zip(two, one, strict=True):
-        # A draw that lies on the border of two codes may fall to either when sums are in another order.
-        close = 1e-5 if ours["step"] <= 6 else 5e-3
+        # Sooner or later a draw lies on the border of two codes, and falls to either when sums are in another order;
+        # with three entries a code, that moves a codebook.
+        close = 5e-5 if ours["step"] < 10 else 5e-2
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=close)
     # Nothing is coded at first; then codes cost what the prior makes of them, level by level.
     assert "bound" not in two[0]
