@@ -21,6 +21,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow  # two trainings; the parts are unit tests
 def test_the_stage_joint_gives_a_codec_and_its_latent_model(tmp_path: Path, nano_data: list[str]) -> None:
     settings = ["--config", str(NANO), *SETTINGS, f"run_root={tmp_path}", *nano_data]
     for name, program in (("two", launcher(2)), ("one", [sys.executable, "launch/train.py"])):
