@@ -254,10 +254,16 @@ def test_all_points_of_an_axis_are_configurations(name: str) -> None:
         (["--model", "x", "--data", "y", "a.b=1"], "overrides need --config"),
         (["--model", "x", "--data", "y", "--axis", "depth"], "trained models are as they are"),
         (["--model", "x", "--data", "y", "--axis", "batch"], "--axis with --model needs --config"),
-        (["--random", str(NANO), *DATA, "codec.backbone.decoder=none"], "a backbone in its decoder"),
-        (
+        # These two are found after the models' packages are imported.
+        pytest.param(
+            ["--random", str(NANO), *DATA, "codec.backbone.decoder=none"],
+            "a backbone in its decoder",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["--random", str(NANO), *DATA, "--assistant", str(ROOT / "configs/backbones/tiny.yaml")],
             "--assistant has",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -333,6 +339,7 @@ def test_a_trained_page_has_bits_per_byte(table: dict[str, Any], racers: Racers,
     assert page.count("left out by --rows") == len(table["missing"])
 
 
+@pytest.mark.slow  # its page is made once more, if another worker has it
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium here to show the page in")
 def test_chromium_shows_the_page_without_sideways_scrolling(ran: tuple[Path, str], tmp_path: Path) -> None:
     probe = "<script>document.title = 'w' + document.documentElement.scrollWidth;</script></body>"
