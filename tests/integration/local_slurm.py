@@ -83,6 +83,8 @@ class Cluster:
             if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
                 return state
             if state == "PENDING":
+                # Started again within the second of its requeue, its credential is the one just revoked.
+                time.sleep(2)
                 subprocess.run(
                     ["scontrol", "update", f"JobId={job}", "StartTime=now"],
                     env=self.environment,
