@@ -202,11 +202,11 @@ def test_what_does_not_matter_to_a_part_does_not_part_it(tmp_path: Path) -> None
 def test_links_are_relative_and_never_take_the_place_of_anything(tmp_path: Path) -> None:
     from launch.trials import TrialError
 
-    (tmp_path / "shared" / "model").mkdir(parents=True)
+    (tmp_path / "common" / "model").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     place = tmp_path / "trial" / "model" / "rqvae"
-    link(place, tmp_path / "shared" / "model")
-    assert str(place.readlink()) == "../../shared/model"
+    link(place, tmp_path / "common" / "model")
+    assert str(place.readlink()) == "../../common/model"
     link(place, tmp_path / "other")
     assert place.resolve() == tmp_path / "other"
     place.unlink()
