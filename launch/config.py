@@ -38,6 +38,7 @@ _ONLY_IN = {
     "rate_weight": ("joint",),
     "rate_warmup_steps": ("joint",),
     "free_nats": ("joint",),
+    "initial_weights": ("base_lm", "rqvae", "rq_transformer"),
 }
 
 
@@ -68,7 +69,8 @@ class TrainConfig(EngineConfig):
     """Stage joint: steps over which that weight rises linearly from 0 when quantization begins, so that text is
     reconstructed before codes cost anything. (With the full weight from the start they may lose all they say.)"""
     free_nats: float = Field(default=0.0, ge=0)
-    """Stage joint: a level's mean divergence per latent below this costs no less (free bits, Kingma 2016)."""
+    """Stage joint: a level's mean divergence per latent of a micro-batch below this costs no less (free bits, Kingma
+    2016)."""
 
     initial_weights: str | None = None
     """Directory of a converted model of the same stage and shape to start from, instead of random weights and

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from launch.codec_tasks import RQVAETask
 from launch.latent_model import latent_model_config
+from launch.latent_task import latent_model_class
 from launch.task import Batch, StepOutput
-from rqvae.flat_transformer import FlatTransformer
 from rqvae.joint import JointOutput, RQVAEWithPrior
-from rqvae.latent_model import LatentModel
 from rqvae.loading import load_latent_model
 from rqvae.quantizer import ResidualQuantizer
 from rqvae.randomness import sample_seeds
-from rqvae.rq_transformer import RQTransformer
 from rqvae.rq_vae import RQVAE
 
 
@@ -24,12 +22,9 @@ class JointTask(RQVAETask):
     """The codec with its latent model as prior: phases, quantization and data as those of the codec alone."""
 
     def create_model(self) -> RQVAEWithPrior:  # type: ignore[override]
-        return RQVAEWithPrior(RQVAE(self.config.codec), self.create_prior())
-
-    def create_prior(self) -> LatentModel:
-        """The latent model; the hash of its codec is known when that is finished."""
-        is_flat = self.config.latent_model.model == "flat_transformer"
-        return (FlatTransformer if is_flat else RQTransformer)(latent_model_config(self.config))
+        # The latent model gets the hash of its codec when that is finished.
+        prior = latent_model_class(self.config)(latent_model_config(self.config))
+        return RQVAEWithPrior(RQVAE(self.config.codec), prior)
 
     def load_model(self, directory: Path) -> RQVAEWithPrior:  # type: ignore[override]
         return RQVAEWithPrior(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline import CodeDataset, TokenDataset
 from launch.compatibility import check_tokenizer
+from launch.config import RunConfig
 from launch.latent_model import describe_match, latent_model_config
 from launch.paths import codes_directory
 from launch.task import Batch, StepOutput, Task
@@ -21,6 +22,11 @@ from rqvae.randomness import Purpose, sample_seeds, uniform
 from rqvae.rq_transformer import RQTransformer
 
 
+def latent_model_class(config: RunConfig) -> type[RQTransformer] | type[FlatTransformer]:
+    """The latent model's class, by `latent_model.model`."""
+    return FlatTransformer if config.latent_model.model == "flat_transformer" else RQTransformer
+
+
 class RQTransformerTask(Task):
     """The latent model, on the codes of a finished codec."""
 
@@ -28,10 +34,6 @@ class RQTransformerTask(Task):
         return CodeDataset(
             TokenDataset(tokens, split), codes, with_latents=self.config.train.stochastic_codes
         )
-
-    @property
-    def _model_class(self) -> type[RQTransformer] | type[FlatTransformer]:
-        return RQTransformer if self.config.latent_model.model == "rq_transformer" else FlatTransformer
 
     def check_part(self, dataset: CodeDataset) -> None:  # type: ignore[override]
         if self.config.train.stochastic_codes and self._quantizer.codec_hash != dataset.codec_hash:
@@ -57,7 +59,7 @@ class RQTransformerTask(Task):
                 f"codes in '{codes_directory(self.config)}' have K, C = {made_by}; this configuration has "
                 f"{(codec.compression_factor, codec.codebook_sizes)}. Use the configuration of their codec"
             )
-        return self._model_class(latent_model_config(self.config, codes.codec_hash))
+        return latent_model_class(self.config)(latent_model_config(self.config, codes.codec_hash))
 
     def load_initial_weights(self, model: nn.Module) -> None:
         spatial_backbone = self.config.latent_model.spatial_backbone
@@ -69,7 +71,7 @@ class RQTransformerTask(Task):
         return model.backbone_parameters() if isinstance(model, RQTransformer) else iter(())
 
     def load_model(self, directory: Path) -> LatentModel:
-        return self._model_class.from_pretrained(directory)
+        return latent_model_class(self.config).from_pretrained(directory)
 
     def forward(self, model: nn.Module, batch: Batch, num_tokens: Tensor, step: int) -> StepOutput:
         documents = chunk_documents(batch["document_ids"], self.config.codec.compression_factor)

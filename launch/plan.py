@@ -29,10 +29,11 @@ from launch.config import RunConfig, Stage, check_world_size, load_config
 from launch.dry_run import batch_arithmetic
 from launch.joint_task import JointTask
 from launch.latent_model import latent_model_config
+from launch.latent_task import latent_model_class
 from launch.speed_model import Machine
 from launch.task import Phase
 from launch.tasks import codec_task
-from rqvae import BaseLM, FlatTransformer, RQTransformer
+from rqvae import BaseLM, FlatTransformer
 
 GIB = 1 << 30
 GPU_SIZES_GIB = (40, 80, 141)
@@ -134,7 +135,7 @@ def plan(config: RunConfig, gpus: int) -> list[PhasePlan]:
     Raises:
         ValueError: the batch does not divide by the ranks.
     """
-    makers = {"base_lm": base_lm, "rqvae": rqvae, "rq_transformer": rq_transformer, "joint": joint}
+    makers = {"base_lm": base_lm, "rqvae": rqvae, "rq_transformer": rq_transformer, "joint": rqvae}
     named = [stage for stage in makers if stage in config.stages.model_fields_set]
     usual = [stage for stage in makers if stage != "joint"]
     plans = []
@@ -156,10 +157,11 @@ def base_lm(config: RunConfig, gpus: int) -> list[PhasePlan]:
 
 
 def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
-    """The codec, frozen and full."""
+    """The codec, frozen and full; in the stage joint with its prior, and with what the codes are drawn from."""
     if config.codec.model == "identity":
         return []
-    task, length = codec_task(config), config.data.sample_length
+    task = JointTask(config) if config.stage == "joint" else codec_task(config)
+    length, recompute = config.data.sample_length, config.train.activation_checkpointing
     architecture, costs = config.codec.backbone.architecture, flops.codec(config.codec, length)
     plans = []
     for phase in task.phases():
@@ -167,63 +169,45 @@ def rqvae(config: RunConfig, gpus: int) -> list[PhasePlan]:
         with torch.device("meta"):
             model = task.create_model()
         task.set_phase(model, phase)
-        recompute = config.train.activation_checkpointing
         kept = memory.codec(config.codec, length, width(config), is_full, recompute)
         per_token = costs.train_full if is_full else costs.train_frozen
+        if config.stage == "joint":
+            kept += latent_model_kept(config) + memory.soft_targets(latent_model_config(config))
+            per_token += latent_model_flops(config)
         head = (architecture.hidden_size, architecture.vocab_size)
         trains_head = bool(task.reconstructing_head(model).weight.requires_grad)  # type: ignore[arg-type]
         plans.append(phase_plan(config, gpus, phase, model, kept, head, trains_head, per_token))
     return plans
 
 
-def joint(config: RunConfig, gpus: int) -> list[PhasePlan]:
-    """Codec and latent model together: what both keep, and what the codes are drawn from."""
-    task, length, recompute = (
-        JointTask(config),
-        config.data.sample_length,
-        config.train.activation_checkpointing,
-    )
-    shape, costs = latent_model_config(config), flops.codec(config.codec, length)
-    plans = []
-    for phase in task.phases():
-        is_full = phase.name == "full"
-        with torch.device("meta"):
-            model = task.create_model()
-        task.set_phase(model, phase)
-        name, factor = type(model.prior).__name__, shape.compression_factor
-        kept = memory.codec(config.codec, length, width(config), is_full, recompute)
-        kept += memory.latent_model(name, shape, length, width(config), recompute) + memory.soft_targets(
-            shape
-        )
-        per_token = costs.train_full if is_full else costs.train_frozen
-        per_token += 3 * flops.latent_model(name, shape, length / factor) / factor
-        decoder_head = model.codec.decoder.head.weight
-        head = (decoder_head.shape[1], decoder_head.shape[0])
-        plans.append(
-            phase_plan(config, gpus, phase, model, kept, head, decoder_head.requires_grad, per_token)
-        )
-    return plans
+def latent_model_kept(config: RunConfig) -> float:
+    """Bytes of the latent model per token of text, without its heads."""
+    recompute, length = config.train.activation_checkpointing, config.data.sample_length
+    name = latent_model_class(config).__name__
+    return memory.latent_model(name, latent_model_config(config), length, width(config), recompute)
+
+
+def latent_model_flops(config: RunConfig) -> float:
+    """Training FLOPs of the latent model per token of text."""
+    shape, length = latent_model_config(config), config.data.sample_length
+    factor = shape.compression_factor
+    return 3 * flops.latent_model(latent_model_class(config).__name__, shape, length / factor) / factor
 
 
 def rq_transformer(config: RunConfig, gpus: int) -> list[PhasePlan]:
     """The latent model."""
-    shape, length = latent_model_config(config), config.data.sample_length
-    model_class = FlatTransformer if config.latent_model.model == "flat_transformer" else RQTransformer
+    shape, model_class = latent_model_config(config), latent_model_class(config)
     with torch.device("meta"):
         model = model_class(shape)
-    kept = memory.latent_model(
-        model_class.__name__, shape, length, width(config), config.train.activation_checkpointing
-    )
+    kept = latent_model_kept(config)
     if config.train.stochastic_codes:
         kept += memory.soft_targets(shape)
-    factor = shape.compression_factor
-    per_token = 3 * flops.latent_model(model_class.__name__, shape, length / factor) / factor
     phase = Phase("full", 0, config.train.steps)
     # The gradients of all levels' heads are there at once, each formed over one row per latent.
     is_flat = model_class is FlatTransformer
     sizes = shape.codebook_sizes[:1] if shape.head == "shared" else shape.codebook_sizes
     head = (shape.spatial_dim if is_flat else shape.depth_dim, sum(sizes))
-    return [phase_plan(config, gpus, phase, model, kept, head, True, per_token)]
+    return [phase_plan(config, gpus, phase, model, kept, head, True, latent_model_flops(config))]
 
 
 def width(config: RunConfig) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rqvae.encoder import chunk_documents, token_documents
 from rqvae.latent_model import LatentModel
+from rqvae.likelihood import check_bound
 from rqvae.rq_vae import RQVAE, RQVAEOutput
 
 
@@ -51,6 +52,7 @@ class RQVAEWithPrior(nn.Module):
                 f"the latent model predicts codes of sizes {prior.config.codebook_sizes}, the codec's have "
                 f"{codec.config.codebook_sizes}"
             )
+        check_bound(codec, prior)
         self.codec = codec
         self.prior = prior
 
@@ -70,8 +72,8 @@ class RQVAEWithPrior(nn.Module):
         Args:
             input_ids, attention_mask, document_ids, num_tokens, quantize, seeds: as in `RQVAE.forward`.
             rate_weight: weight of the divergence in the loss (beta of Higgins 2017).
-            free_nats: a level's mean divergence per latent counts as no less (free bits, Kingma 2016, appendix C.8):
-                below it nothing is gained by saying less.
+            free_nats: a level's mean divergence per latent of this batch counts as no less (free bits, Kingma 2016,
+                appendix C.8): below it nothing is gained by saying less.
         """
         factor = self.codec.config.compression_factor
         document_ids = token_documents(input_ids, attention_mask, document_ids, factor)

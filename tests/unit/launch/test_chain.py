@@ -185,6 +185,14 @@ def test_the_steps_of_a_codec_and_of_tokens_as_codes() -> None:
     assert Path("runs/nano/model/rqvae") in identity[3].outputs
 
 
+@pytest.mark.parametrize(("name", "starts"), [("tiny", False), ("tiny_rqvae", True)])
+def test_a_random_decoder_backbone_does_not_start_from_the_base_lm(name: str, starts: bool) -> None:
+    path = f"configs/{name}.yaml"
+    found = chain.chain(load_config(path), path, [], ranks=2)
+    command = next(step for step in found if step.name == "train-rqvae").command
+    assert any(word.startswith("codec.backbone.pretrained=") for word in command) == starts
+
+
 def test_one_rank_trains_by_itself_without_zero() -> None:
     alone, together = names(1)[1], names(2)[1]
     assert alone.command[:2] == [sys.executable, "launch/train.py"]

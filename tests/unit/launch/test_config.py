@@ -137,6 +137,11 @@ def test_mistakes_across_fields_are_reported_beside_misspelt_keys(tmp_path: Path
             ["stages.base_lm.frozen_steps=10"],
             "stages.base_lm.frozen_steps: has an effect in rqvae and joint only",
         ),
+        (["stages.rqvae.free_nats=0.1"], "stages.rqvae.free_nats: has an effect in joint only"),
+        (
+            ["stages.joint.initial_weights=somewhere"],
+            "stages.joint.initial_weights: has an effect in base_lm and rqvae and rq_transformer only",
+        ),
         (
             ["train.checkpoint_every=2", "train.keep_every=3"],
             "train.keep_every: 3 is not a multiple of checkpoint_every=2",

@@ -113,3 +113,11 @@ def test_codebooks_follow_what_was_drawn(pair: RQVAEWithPrior, packed: Any) -> N
 def test_a_prior_of_other_codes_is_refused(make_codec: Make, make_latent_model: Make) -> None:
     with pytest.raises(ValueError, match=r"predicts codes of sizes \(32, 32, 32\)"):
         RQVAEWithPrior(make_codec(), make_latent_model(codebook_size=32))
+
+
+def test_codes_that_see_the_future_bound_nothing_under_a_prior_that_reads_text(
+    make_codec: Make, make_latent_model: Make
+) -> None:
+    prior = make_latent_model(spatial_input="tokens", vocab_size=97)
+    with pytest.raises(ValueError, match="is no bound"):
+        RQVAEWithPrior(make_codec(resample="reference"), prior)
