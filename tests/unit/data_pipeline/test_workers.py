@@ -42,6 +42,17 @@ def wait_until(condition: object, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def start_at_a_terminal(command: list[str]) -> subprocess.Popen[str]:
+    """A process of its own group that Ctrl-C reaches, also where the tests run as a background job."""
+    return subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def half_or_fail(number: int) -> float:
     if number < 0:
         raise ValueError(f"{number} is negative")
@@ -90,9 +101,7 @@ def takes_interrupts(pid: int) -> bool:
 
 
 def test_workers_do_not_see_ctrl_c_from_their_start_on() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", SLEEPERS], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    parent = start_at_a_terminal([sys.executable, "-c", SLEEPERS])
     wait_until(lambda: len(descendants(parent.pid)) == 3)
     workers = descendants(parent.pid)
     wait_until(lambda: takes_interrupts(parent.pid))  # held back only while it starts them
@@ -116,9 +125,7 @@ def test_ctrl_c_ends_a_build_in_one_line(tmp_path: Path) -> None:
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": data}))
     command = [sys.executable, "-m", "data_pipeline", "build", "--num-workers", "2", "--config"]
-    parent = subprocess.Popen(
-        [*command, str(tmp_path / "run.yaml")], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    parent = start_at_a_terminal([*command, str(tmp_path / "run.yaml")])
     wait_until(lambda: list(tmp_path.glob("tokens/.build/*/unit-*/train/*.tar")))
     workers = descendants(parent.pid)
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to every process
