@@ -35,7 +35,7 @@ def race(
     racers: Racers,
     prompts: list[list[int]],
     settings: BenchmarkConfig,
-    machine: speed_model.Machine,
+    measure: Callable[[], speed_model.Machine],
     wanted: set[str],
     bits_per_byte: dict[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -43,15 +43,17 @@ def race(
 
     Args:
         prompts: as `settings` says.
-        machine: for the predictions.
+        measure: the machine, for the predictions; called before and after the race.
         wanted: keys of `NAMES`; the others are listed as left out.
         bits_per_byte: of report.json, quality beside speed.
 
     Returns:
-        rows, missing (key, name, reason), fastest_ar, and what was run. See `table_row` for the figures.
+        rows, missing (key, name, reason), fastest_ar, what was run, and the machine. See `table_row` for the figures.
     """
     found, missing = rows(racers, prompts, settings.new_tokens, wanted)
     warm_up(found, missing, settings)
+    device = racers.device
+    machines = [measure()]
     outputs: dict[str, list[Output]] = {key: [] for key in found}
     growth: dict[str, list[int | None]] = {key: [] for key in found}
 
@@ -59,7 +61,7 @@ def race(
         def run() -> None:
             start = time.perf_counter()
             done: list[Output] = []
-            growth[key].append(_peak(lambda: done.append(row.run(settings.new_tokens)), racers.device))
+            growth[key].append(_peak(lambda: done.append(row.run(settings.new_tokens)), device))
             outputs[key] += done
             progress(
                 f"{row.name}: {len(outputs[key])} of {settings.repeats}, {time.perf_counter() - start:.2f} s"
@@ -70,10 +72,11 @@ def race(
     def first(row: Row) -> Callable[[], Output]:
         return lambda: row.run(min(row.chunk, settings.new_tokens))
 
-    device = racers.device
     seconds = take_turns({key: timed(key, row) for key, row in found.items()}, settings.repeats, device, True)
     at_once = {key: first(row) for key, row in found.items() if row.is_streaming}
     first_s = take_turns(at_once, settings.repeats, device, True)
+    machines.append(measure())
+    machine = speed_model.mean_machine(machines)
     reference = outputs["generate"][0].token_ids if "generate" in outputs else None
     table = []
     for key, row in found.items():
@@ -123,21 +126,21 @@ def race(
         "prompt_tokens": settings.prompt_tokens,
         "batch_size": settings.batch_size,
         "repeats": settings.repeats,
+        "machine": {
+            "bandwidth_gb_s": machine.bandwidth / 1e9,
+            "matmul_gflops": machine.matmul / 1e9,
+            "launch_us": 1e6 * machine.launch_s,
+        },
     }
 
 
-def about(racers: Racers, machine: speed_model.Machine) -> dict[str, Any]:
+def about(racers: Racers) -> dict[str, Any]:
     """What holds for all tables of a run."""
     return {
         "is_trained": racers.is_trained,
         "note": "trained models" if racers.is_trained else RANDOM_NOTE,
         "dtype": str(racers.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "machine": {
-            "bandwidth_gb_s": machine.bandwidth / 1e9,
-            "matmul_gflops": machine.matmul / 1e9,
-            "launch_us": 1e6 * machine.launch_s,
-        },
         "environment": describe_environment(),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.random else "float32"))
-    machine = speed_model.measure_machine(dtype, device)
+    measure = partial(speed_model.measure_machine, dtype, device)
     bits = None if args.random else read_report(_report_of(args)).get("bits_per_byte")
     tables: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
@@ -80,9 +81,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else:
             prompts = prompts_from(args.data, settings.batch_size, settings.prompt_tokens)
         progress("the centre" if axis is None else f"{axis} = {value}")
-        table = race(racers, prompts, settings, machine, set(args.rows), bits)
+        table = race(racers, prompts, settings, measure, set(args.rows), bits)
         tables.append({"axis": axis, "value": value, **table})
-        facts = facts or about(racers, machine)
+        facts = facts or about(racers)
     result = {**facts, "tables": tables}
     if args.report:
         result["speed"] = report_speed(tables[0], facts)

@@ -19,15 +19,11 @@ def describe_point(table: dict[str, Any]) -> str:
 
 def print_run(result: dict[str, Any]) -> None:
     """Everything, for a person."""
-    machine, environment = result["machine"], result["environment"]
+    environment = result["environment"]
     print(
         f"{result['dtype']}, {result['threads']} threads, torch {environment['torch']}, transformers "
         f"{environment['transformers']}, {environment['processor']}"
         + "".join(f", {name}" for name in environment["accelerators"])
-    )
-    print(
-        f"machine as measured: {machine['bandwidth_gb_s']:.1f} GB/s of weights, "
-        f"{machine['matmul_gflops']:,.0f} GFLOP/s of products, {machine['launch_us']:.1f} us per operation"
     )
     print(result["note"])
     for table in result["tables"]:
@@ -36,6 +32,7 @@ def print_run(result: dict[str, Any]) -> None:
 
 def print_table(table: dict[str, Any]) -> None:
     """One table."""
+    machine = table["machine"]
     if table.get("axis"):
         print(f"\n{table['axis']} = {table['value']}: {describe_point(table)}")
     else:
@@ -72,4 +69,8 @@ def print_table(table: dict[str, Any]) -> None:
         f"speed-up over {table['fastest_ar'] or 'nothing: no autoregressive row'}; KV bytes per token: "
         f"{table['ar_kv_bytes_per_token']:,.0f} autoregressive, of which 1/K would be "
         f"{table['ar_kv_bytes_over_compression_factor']:,.0f} at equal width; a streaming decoder keeps its own too"
+    )
+    print(
+        f"machine, mean of before and after: {machine['bandwidth_gb_s']:.1f} GB/s of weights, "
+        f"{machine['matmul_gflops']:,.0f} GFLOP/s of products, {machine['launch_us']:.1f} us per operation"
     )

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from statistics import fmean, harmonic_mean
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,9 @@ from rqvae.layers import TransformerBlock
 
 # Operations that run a kernel, by layer, at one position with a cache, as the tests count them. Views are none.
 BACKBONE_LAUNCHES = 48
-"""A Qwen3 layer of `transformers` (in fp32; in bf16 its norms convert there and back, 8 more)."""
+"""A Qwen3 layer of `transformers`."""
+CONVERSION_LAUNCHES = 8
+"""What it takes more in 16 bits: its norms convert to fp32 and back."""
 BLOCK_LAUNCHES = 13
 """A layer of our `TransformerBlock`."""
 ROTARY_LAUNCHES = 10
@@ -98,7 +101,7 @@ def backbone_pass(architecture: ArchitectureConfig, race: Race, positions: float
     return Work(
         race.width * (weights + cached),
         race.batch * positions * flops.backbone(architecture, context),
-        layers * BACKBONE_LAUNCHES,
+        layers * (BACKBONE_LAUNCHES + CONVERSION_LAUNCHES * (race.width < 4)),
     )
 
 
@@ -210,14 +213,35 @@ def _refinement(codec: RQVAEConfig, race: Race, tokens: float, hidden: int) -> W
     return convolution + block_pass(dim, codec.num_latent_layers, 8 / 3, race, latents, latents / 2)
 
 
+_STREAMED_BYTES = 256 << 20
+"""More weights than a cache holds."""
+
+
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """The present machine: a matrix times a vector, a matrix product, and layers too small to cost anything else."""
-    hidden, outputs, rows = 2048, 32768, 128
-    weight = torch.randn(outputs, hidden, device=device).to(dtype)
-    one, many = (torch.randn(count, hidden, device=device).to(dtype) for count in (1, rows))
+    """The present machine: a stack of layers with one row, with many, and layers too small to cost anything else.
+
+    The stack has the shapes of a backbone's MLP, as a processor reads one large matrix faster than many of a few MB.
+    """
+    # Of Qwen3-0.6B; a GPU needs larger ones, those of the 8B, for their time to show beside that of their launch.
+    hidden, wide, rows = (4096, 12288, 4096) if device.type == "cuda" else (1024, 3072, 128)
+    pairs = max(2, -(-_STREAMED_BYTES // (2 * hidden * wide * dtype.itemsize)))
+    up, down = (
+        [torch.randn(*shape, device=device).to(dtype) for _ in range(pairs)]
+        for shape in ((wide, hidden), (hidden, wide))
+    )
+    num_weights = 2 * pairs * hidden * wide
     with torch.inference_mode():
-        stream_s = _seconds(lambda: F.linear(one, weight), device)
-        product_s = _seconds(lambda: F.linear(many, weight), device)
+
+        def stack(count: int) -> float:
+            x = torch.randn(count, hidden, device=device).to(dtype)
+
+            def run() -> None:
+                for first, second in zip(up, down, strict=True):
+                    F.linear(F.linear(x, first), second)
+
+            return _seconds(run, device)
+
+        stream_s, product_s = stack(1), stack(rows)
         layers = 4
         block = TransformerBlock(16, layers, 16, 2, rope_theta=None).to(device, dtype)
         x = torch.zeros(1, 1, 16, device=device, dtype=dtype)
@@ -228,9 +252,15 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
                 block(x, None, None, cache)
 
         launch_s = _seconds(tiny, device) / (8 * layers * BLOCK_LAUNCHES)
-    # The product reads the weights too. Whatever the clock makes of it, arithmetic is never free.
+    # The products read the weights too. Whatever the clock makes of it, arithmetic is never free.
     arithmetic_s = max(product_s - stream_s, product_s / 10)
-    return Machine(weight.nbytes / stream_s, 2 * rows * weight.numel() / arithmetic_s, launch_s)
+    return Machine(num_weights * dtype.itemsize / stream_s, 2 * rows * num_weights / arithmetic_s, launch_s)
+
+
+def mean_machine(machines: Sequence[Machine]) -> Machine:
+    """One whose times are the means of theirs: what a machine was like that others share."""
+    bandwidth, matmul, launch_s = zip(*map(astuple, machines), strict=True)
+    return Machine(harmonic_mean(bandwidth), harmonic_mean(matmul), fmean(launch_s))
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

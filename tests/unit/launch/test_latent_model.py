@@ -189,7 +189,7 @@ def test_every_kind_is_evaluated_timed_and_generated_with(
     timing = BenchmarkConfig(prompt_tokens=4, new_tokens=16, repeats=1)
     racers = trained(tmp_path, directory, torch.float32, torch.device("cpu"))
     wanted = {"generate", "lean", "deferred", "streaming"}
-    table = race(racers, prompts_from(directory, 1, 4), timing, Machine(1e9, 1e9, 1e-6), wanted)
+    table = race(racers, prompts_from(directory, 1, 4), timing, lambda: Machine(1e9, 1e9, 1e-6), wanted)
     rows = {entry["name"]: entry for entry in table["rows"]}
     # A model that reads text has no deferred decoding; what has it streams too.
     assert ("deferred" in {entry["key"] for entry in table["missing"]}) == ("streaming" in row)

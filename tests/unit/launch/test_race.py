@@ -55,7 +55,7 @@ def racers() -> Racers:
 @pytest.fixture(scope="module")
 def table(racers: Racers) -> dict[str, Any]:
     prompts = random_prompts(320, 1, SETTINGS.prompt_tokens)
-    return race(racers, prompts, SETTINGS, MACHINE, OURS, {"base_lm": 2.0, "latent_bound": 3.0})
+    return race(racers, prompts, SETTINGS, lambda: MACHINE, OURS, {"base_lm": 2.0, "latent_bound": 3.0})
 
 
 def test_every_row_is_there_or_has_a_reason(table: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_figures_of_rows(table: dict[str, Any], racers: Racers) -> None:
 
 
 def test_what_the_report_and_the_demo_read(table: dict[str, Any], racers: Racers) -> None:
-    speed = report_speed(table, about(racers, MACHINE))
+    speed = report_speed(table, about(racers))
     rows = {row["key"]: row for row in table["rows"]}
     assert speed["speedup"] == rows["generate"]["ms_per_token"] / rows["deferred"]["ms_per_token"]
     assert speed["speedup_over_lean_loop"] == rows["lean"]["ms_per_token"] / rows["deferred"]["ms_per_token"]
@@ -125,7 +125,7 @@ def test_what_the_report_and_the_demo_read(table: dict[str, Any], racers: Racers
 def test_a_batch_has_no_speculation(racers: Racers) -> None:
     settings = SETTINGS.model_copy(update={"batch_size": 2, "repeats": 1})
     wanted = {"generate", "lookup", "assisted", "deferred", "unsloth_decoder"}
-    result = race(racers, random_prompts(320, 2, 7), settings, MACHINE, wanted)
+    result = race(racers, random_prompts(320, 2, 7), settings, lambda: MACHINE, wanted)
     missing = {row["key"]: row["reason"] for row in result["missing"]}
     assert {row["key"] for row in result["rows"]} | set(missing) == set(NAMES)
     assert (
@@ -140,7 +140,7 @@ def test_a_batch_has_no_speculation(racers: Racers) -> None:
 def test_what_has_no_models_says_so() -> None:
     racers = random_weights(config(), torch.float32, CPU, with_identity=False)
     settings = SETTINGS.model_copy(update={"repeats": 1})
-    result = race(racers, random_prompts(320, 1, 7), settings, MACHINE, {"generate", "assisted"})
+    result = race(racers, random_prompts(320, 1, 7), settings, lambda: MACHINE, {"generate", "assisted"})
     missing = {row["key"]: row["reason"] for row in result["missing"]}
     assert "--assistant" in missing["assisted"]
 
@@ -160,7 +160,7 @@ def test_unsloth_has_a_reason(racers: Racers, monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.skipif(not unsloth_row.PYTHON.is_file(), reason="make unsloth")
 def test_unsloth_writes_what_transformers_writes(racers: Racers) -> None:
     wanted = {"generate", "unsloth"}
-    result = race(racers, random_prompts(320, 1, 7), SETTINGS, MACHINE, wanted)
+    result = race(racers, random_prompts(320, 1, 7), SETTINGS, lambda: MACHINE, wanted)
     rows = {row["key"]: row for row in result["rows"]}
     assert set(rows["unsloth"]) >= FIGURES, result["missing"]
     assert rows["unsloth"]["agreement"] == 1.0
@@ -172,7 +172,11 @@ def test_unsloth_races_on_a_gpu() -> None:
     """In 16 bits, as it is used; `make unsloth` must have been run."""
     on_gpu = random_weights(config(), torch.bfloat16, torch.device("cuda"))
     result = race(
-        on_gpu, random_prompts(320, 1, 7), SETTINGS, MACHINE, {"generate", "lean", "deferred", "unsloth"}
+        on_gpu,
+        random_prompts(320, 1, 7),
+        SETTINGS,
+        lambda: MACHINE,
+        {"generate", "lean", "deferred", "unsloth"},
     )
     assert {row["key"] for row in result["rows"]} == {"generate", "lean", "deferred", "unsloth"}, result[
         "missing"
@@ -299,7 +303,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_command(ran: tuple[Path, str]) -> None:
     directory, out = ran
     result = json.loads((directory / "race.json").read_text())
-    assert set(result) == {"is_trained", "note", "dtype", "threads", "machine", "environment", "tables"}
+    assert set(result) == {"is_trained", "note", "dtype", "threads", "environment", "tables"}
     assert not result["is_trained"]
     assert result["note"].startswith("random weights: speed only")
     assert [(t["axis"], t["value"]) for t in result["tables"]] == [
@@ -330,7 +334,7 @@ def test_the_page_names_every_row_and_loads_nothing(ran: tuple[Path, str]) -> No
 
 def test_a_trained_page_has_bits_per_byte(table: dict[str, Any], racers: Racers, tmp_path: Path) -> None:
     result = {
-        **about(racers, MACHINE),
+        **about(racers),
         "is_trained": True,
         "tables": [{"axis": None, "value": None, **table}],
     }

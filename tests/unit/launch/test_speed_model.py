@@ -71,7 +71,7 @@ def test_a_pass_by_hand() -> None:
     cached = 3 * 7 * 2 * 2 * 2  # rows, positions, keys and values, layers, width
     assert work.bytes == 2 * (WEIGHTS + cached)
     assert work.flops == 3 * 5 * (2 * WEIGHTS + 2 * 4 * 7 * 4)
-    assert work.launches == 2 * speed_model.BACKBONE_LAUNCHES
+    assert work.launches == 2 * (speed_model.BACKBONE_LAUNCHES + speed_model.CONVERSION_LAUNCHES)
     head = speed_model.head_pass(BACKBONE, race, positions=5)
     assert head.bytes == 2 * (10 * 4 + 2 * 10 * 15)
     assert head.flops == 15 * 2 * 4 * 10
@@ -124,18 +124,20 @@ def test_more_rows_cost_flops_and_no_weights() -> None:
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts operations but for views, as inference mode shows them: composite ones whole."""
+    """Counts operations but for views, as inference mode shows them: composite ones whole. `to` is none where it has
+    nothing to convert."""
 
     VIEWS = ("view", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "unbind",
-             "split", "chunk", "alias", "detach", "reshape", "to")  # fmt: skip
+             "split", "chunk", "alias", "detach", "reshape")  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in self.VIEWS
-        return func(*args, **(kwargs or {}))
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        self.count += name not in self.VIEWS and (name != "to" or result is not args[0])
+        return result
 
 
 def launches(step: Callable[[], object]) -> int:
@@ -153,9 +155,9 @@ def test_launches_by_layer() -> None:
         block(x, position, None, cache)
         return launches(lambda: block(x, position, None, cache))
 
-    def of_backbone(layers: int) -> int:
+    def of_backbone(layers: int, dtype: torch.dtype) -> int:
         config = huggingface_config(BACKBONE.model_copy(update={"num_hidden_layers": layers}))
-        lm: Any = AutoModelForCausalLM.from_config(config).eval()
+        lm: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
         cache, ids = DynamicCache(config=lm.config), torch.zeros(1, 1, dtype=torch.long)
         lm(ids, past_key_values=cache)
         return launches(lambda: lm(ids, past_key_values=cache))
@@ -163,7 +165,9 @@ def test_launches_by_layer() -> None:
     block = of_block(3, None) - of_block(2, None)
     assert block == speed_model.BLOCK_LAUNCHES
     assert of_block(3, 1e4) - of_block(2, 1e4) - block == speed_model.ROTARY_LAUNCHES
-    assert of_backbone(3) - of_backbone(2) == speed_model.BACKBONE_LAUNCHES
+    full, half = (of_backbone(3, dtype) - of_backbone(2, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert full == speed_model.BACKBONE_LAUNCHES
+    assert half - full == speed_model.CONVERSION_LAUNCHES
 
 
 def test_this_machine_can_be_measured() -> None:
@@ -171,6 +175,13 @@ def test_this_machine_can_be_measured() -> None:
     assert machine.bandwidth > 1e7
     assert machine.matmul > 1e7
     assert 0 < machine.launch_s < 0.1
+
+
+def test_a_mean_machine_takes_the_mean_of_the_times() -> None:
+    first, second = speed_model.Machine(1e9, 4e9, 1e-6), speed_model.Machine(3e9, 4e9, 3e-6)
+    work = speed_model.Work(bytes=6e9, flops=2e9, launches=5e5)
+    taken = work.seconds(speed_model.mean_machine([first, second]))
+    assert taken == pytest.approx((work.seconds(first) + work.seconds(second)) / 2)
 
 
 def test_the_plan_predicts_for_a_machine_that_is_not_there(
@@ -184,7 +195,7 @@ def test_the_plan_predicts_for_a_machine_that_is_not_there(
     assert {row["compression_factor"] for row in rows} == {4, 8, 16}
     one = next(row for row in rows if (row["compression_factor"], row["batch_size"]) == (4, 1))
     # 7.57 billion weights that every token reads, in bf16 at 3.35 TB/s, and 36 layers of launches.
-    assert one["ar_ms"] == pytest.approx(1e3 * 2 * 7.57e9 / 3.35e12 + 0.002 * 36 * 48, rel=0.02)
+    assert one["ar_ms"] == pytest.approx(1e3 * 2 * 7.57e9 / 3.35e12 + 0.002 * 36 * 56, rel=0.02)
     assert one["deferred_ms"] == pytest.approx(sum(one["split_ms"].values()))
     assert one["deferred_ms"] < one["streaming_ms"] < one["ar_ms"]
     slow = [*arguments[:-2], "--bandwidth-gb-s", "10"]
