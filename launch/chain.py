@@ -93,7 +93,9 @@ class Commands:
         settings = self.config.for_stage(stage).model_dump(
             mode="json", include={"seed", "codec", "latent_model", "train"}
         )
-        convert = [python, "launch/convert_checkpoint.py", str(directory), str(self.models / stage)]
+        names = ("rqvae", "rq_transformer") if stage == "joint" else (stage,)
+        made = self.models if stage == "joint" else self.models / stage
+        convert = [python, "launch/convert_checkpoint.py", str(directory), str(made)]
         return [
             Step(
                 f"train-{stage}",
@@ -109,7 +111,7 @@ class Commands:
                 f"convert-{stage}",
                 [*convert, "--to", "safetensors"],
                 [directory / "checkpoints"],
-                [self.models / stage, self.models / "tokenizer"],
+                [*(self.models / name for name in names), self.models / "tokenizer"],
             ),
         ]
 
@@ -165,7 +167,7 @@ class Commands:
     def report(self) -> Step:
         """The page of one run."""
         project = project_directory(self.config)
-        stages: tuple[Stage, ...] = ("base_lm", "rqvae", "rq_transformer")
+        stages: tuple[Stage, ...] = ("base_lm", "rqvae", "rq_transformer", "joint")
         metrics = [run_directory(self.config, stage) / "metrics.jsonl" for stage in stages]
         command = [sys.executable, "launch/report.py", str(project)]
         return Step("report", command, [self.report_json, *metrics], [project / "report.html"])

@@ -36,10 +36,10 @@ def match_compute(trial: PlannedTrial, reference: Mapping[str, float], encoded_t
         ValueError: the stages before cost too much already, or the codec's steps would have to be chosen.
     """
     last = trial.stages[-1]
-    if last == "rqvae":
+    if last == "rqvae" or (last == "joint" and trial.config.for_stage(last).train.frozen_steps):
         raise ValueError(
-            f"trials.{trial.name}.match_compute: a codec alone is not matched, since its phases are steps too; "
-            "add the stage rq_transformer, or set the codec's steps"
+            f"trials.{trial.name}.match_compute: the stage {last} is not matched, since its phases are steps too; "
+            "set its steps" + ("" if last == "joint" else ", or add the stage rq_transformer")
         )
     own = planned_flops(trial, encoded_tokens)
     left = sum(reference.values()) - sum(cost for part, cost in own.items() if part != last)

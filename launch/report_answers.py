@@ -73,6 +73,7 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
         with_text(
             "How far is the latent model's held-out perplexity from plain AR's?", "compression", against_ar
         ),
+        best("Which codes can a latent model predict?", "recipes"),
         with_text("What is gained in speed, and lost in quality, as K grows?", "compression", by_compression),
         with_text("Are the codebooks used?", "compression", usage),
         best("How should bits be spread: few large codebooks or many small ones?", "codebook", codec="rqvae"),

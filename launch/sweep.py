@@ -23,7 +23,7 @@ from launch.steps import as_text
 from rqvae.config import StrictModel
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-TrainedStage = Literal["base_lm", "rqvae", "rq_transformer"]
+TrainedStage = Literal["base_lm", "rqvae", "rq_transformer", "joint"]
 Measure = Literal["evaluate", "benchmark", "report"]
 
 
@@ -36,7 +36,7 @@ class Trial(StrictModel):
     """Settings over the sweep's, nested as in a run configuration."""
     stages: tuple[TrainedStage, ...] | None = None
     """Stages that are trained; null takes the sweep's. [base_lm] alone makes a row of the plain AR model. The codec's
-    stage is left out by itself with `codec.model: identity`."""
+    stage is left out by itself with `codec.model: identity`. joint stands in place of rqvae and rq_transformer."""
     pretrained_backbone: bool = True
     """The codec's backbones start from the base LM that is trained for the trial, which then counts in its compute;
     false: from random weights. No effect where `codec.backbone.pretrained` names another, or anchors have
@@ -130,7 +130,8 @@ class PlannedTrial:
         """The codec's backbones start from the base LM that is trained here."""
         return (
             self.spec.pretrained_backbone
-            and {"base_lm", "rqvae"} <= set(self.stages)
+            and "base_lm" in self.stages
+            and bool({"rqvae", "joint"} & set(self.stages))
             and may_start_from_base_lm(self.config)
         )
 
@@ -197,6 +198,14 @@ def plan_trials(sweep: Sweep, overrides: Sequence[str] = ()) -> list[PlannedTria
                 and configs[name].codec.model != "identity"
             ):
                 mistakes.append(f"trials.{name}.stages: rq_transformer needs the codec, so rqvae too")
+            if "joint" in stages and {"rqvae", "rq_transformer"} & set(stages):
+                mistakes.append(
+                    f"trials.{name}.stages: joint trains both models; leave out rqvae and rq_transformer"
+                )
+            if "joint" in stages and configs[name].codec.model != "rqvae":
+                mistakes.append(
+                    f"trials.{name}.stages: joint needs codec.model: rqvae, whose codes can be drawn"
+                )
             if not stages:
                 mistakes.append(f"trials.{name}.stages: the identity codec leaves nothing to train")
     if mistakes:
@@ -214,7 +223,7 @@ def _planned(sweep: Sweep, name: str, seed: int, config: RunConfig) -> PlannedTr
 def stages_of(sweep: Sweep, trial: Trial, config: RunConfig) -> tuple[TrainedStage, ...]:
     """What is trained of a trial, in order; the identity codec has no stage."""
     wanted = sweep.stages if trial.stages is None else trial.stages
-    order: tuple[TrainedStage, ...] = ("base_lm", "rqvae", "rq_transformer")
+    order: tuple[TrainedStage, ...] = ("base_lm", "rqvae", "rq_transformer", "joint")
     is_identity = config.codec.model == "identity"
     return tuple(stage for stage in order if stage in wanted and not (stage == "rqvae" and is_identity))
 

@@ -2,7 +2,8 @@
 
 Base LMs and codecs (with their codes) are trained once for all trials that train the same, in
 `RUN_ROOT/sweeps/shared/KIND-HASH`, where HASH is of every setting that they depend on. A trial's run directory links
-them, so that it looks like any other: base_lm/, rqvae/, rq_transformer/, codes/, model/, report.json.
+them, so that it looks like any other: base_lm/, rqvae/, rq_transformer/, codes/, model/, report.json. A codec that is
+trained together with its latent model is the trial's own.
 """
 
 from __future__ import annotations
@@ -75,22 +76,28 @@ class TrialRun:
             TrialError: a step failed.
             ValueError: the configuration is no good after all.
         """
-        trial, config, project = self.trial, self.trial.config, self.trial.directory
+        trial, project = self.trial, self.trial.directory
+        base = self.shared_base() if "base_lm" in trial.stages else None
+        backbone = [base.model] if base is not None and trial.starts_from_base_lm else []
+        is_joint = "joint" in trial.stages
+        config = with_backbone(trial.config, backbone) if is_joint else trial.config
         write_config(config)
         load_config(REPOSITORY / project / CONFIG)
-        base = self.shared_base() if "base_lm" in trial.stages else None
-        codec = self.shared_codec(base)
+        codec = None if is_joint else self.shared_codec(backbone)
         self.make(base, [])
-        self.make(codec, [base.model] if base is not None and trial.starts_from_base_lm else [])
+        self.make(codec, backbone)
         models = self.link(base, codec)
         commands = Commands(config, str(project / CONFIG), [], self.ranks)
         steps: list[Step] = []
-        if "rq_transformer" in trial.stages:
+        if is_joint:
+            steps += commands.train("joint", backbone)
+            models += [commands.models / "rqvae", commands.models / "rq_transformer"]
+        if "rq_transformer" in trial.stages and codec is not None:
             steps += commands.train("rq_transformer", [codes_directory(codec.config)])
             models.append(commands.models / "rq_transformer")
         if "evaluate" in self.measure:
             steps.append(commands.evaluate(models))
-        if "benchmark" in self.measure and {"base_lm", "rq_transformer"} <= set(trial.stages):
+        if "benchmark" in self.measure and base is not None and trial.stages != ("base_lm",):
             steps.append(commands.benchmark(models))
         if "report" in self.measure and "evaluate" in self.measure:
             steps.append(commands.report())
@@ -129,17 +136,16 @@ class TrialRun:
         config = config.model_copy(update={"codec": codec, "stages": stages})
         return Shared(named(config, "base_lm", self.trial.shared), "base_lm")
 
-    def shared_codec(self, base: Shared | None) -> Shared:
-        """The codec that this trial needs; of a trial without one, tokens as they are, for the evaluation."""
-        trial, config = self.trial, self.trial.config
-        with_latents = config.for_stage("rq_transformer").train.stochastic_codes
+    def shared_codec(self, backbone: Sequence[Path]) -> Shared:
+        """The codec that this trial needs; of a trial without one, tokens as they are, for the evaluation.
+
+        Args:
+            backbone: the model that it starts from, if there is one.
+        """
+        trial, config = self.trial, with_backbone(self.trial.config, backbone)
+        codec, with_latents = config.codec, config.for_stage("rq_transformer").train.stochastic_codes
         if trial.stages == ("base_lm",):
             codec, with_latents = tokens_as_they_are(config), False
-        else:
-            codec = config.codec
-            if base is not None and trial.starts_from_base_lm:
-                backbone = codec.backbone.model_copy(update={"pretrained": str(base.model)})
-                codec = codec.model_copy(update={"backbone": backbone})
         config = config.model_copy(update={"codec": codec, "stages": StagesConfig(rqvae=config.stages.rqvae)})
         return Shared(
             named(config, "codec-latents" if with_latents else "codec", trial.shared),
@@ -148,20 +154,30 @@ class TrialRun:
             with_latents,
         )
 
-    def link(self, base: Shared | None, codec: Shared) -> list[Path]:
+    def link(self, base: Shared | None, codec: Shared | None) -> list[Path]:
         """Let the trial's directory show what is shared; returns the linked models."""
         config, models = self.trial.config, model_directory(self.trial.config)
-        links: dict[Path, Path] = {models / "rqvae": codec.model}
-        if codec.stage is not None:
-            links[run_directory(config, "rqvae")] = run_directory(codec.config, "rqvae")
-        if "rq_transformer" in self.trial.stages:
-            links[codes_directory(config)] = codes_directory(codec.config)
+        links: dict[Path, Path] = {}
+        if codec is not None:
+            links[models / "rqvae"] = codec.model
+            if codec.stage is not None:
+                links[run_directory(config, "rqvae")] = run_directory(codec.config, "rqvae")
+            if "rq_transformer" in self.trial.stages:
+                links[codes_directory(config)] = codes_directory(codec.config)
         if base is not None:
             links[run_directory(config, "base_lm")] = run_directory(base.config, "base_lm")
             links[models / "base_lm"] = base.model
         for place, target in links.items():
             link(REPOSITORY / place, REPOSITORY / target)
         return [place for place in links if place.parent == models]
+
+
+def with_backbone(config: RunConfig, backbone: Sequence[Path]) -> RunConfig:
+    """The configuration whose codec starts from this model; as it is where there is none."""
+    if not backbone:
+        return config
+    started = config.codec.backbone.model_copy(update={"pretrained": str(backbone[0])})
+    return config.model_copy(update={"codec": config.codec.model_copy(update={"backbone": started})})
 
 
 def tokens_as_they_are(config: RunConfig) -> RQVAEConfig:

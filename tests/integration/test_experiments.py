@@ -42,6 +42,13 @@ SWEEP: dict[str, Any] = {
             },
             "match_compute": "anchor",
         },
+        "joint": {
+            "stages": ["base_lm", "joint"],
+            "overrides": {
+                "evaluation": {"stochastic_codes": True},
+                "stages": {"joint": {"rate_weight": 0.1}},
+            },
+        },
         "broken": {"overrides": {"codec": {"backbone": {"pretrained": "/nowhere"}}}},
     },
 }
@@ -82,20 +89,21 @@ def test_a_sweep_from_end_to_end(tmp_path: Path, nano_data: list[str]) -> None:
     assert second.returncode == 1, second.stdout + second.stderr
     assert "failed: broken, seed 0: train-rqvae ended with status 2" in second.stderr
     lines = second.stdout.splitlines()
-    # The base LM was trained before the kill, for all three.
-    assert sum("train-base_lm: done already" in line for line in lines) == 3
+    # The base LM was trained before the kill, for all four.
+    assert sum("train-base_lm: done already" in line for line in lines) == 4
     assert not any("launch/train.py" in line and "--stage base_lm" in line for line in lines)
     assert sum("--stage rq_transformer" in line for line in lines) == 2
 
     results = json.loads((directory / "results.json").read_text())
-    anchor, identity, broken = results["trials"]
-    assert [trial["state"] for trial in results["trials"]] == ["finished", "finished", "failed"]
+    anchor, identity, joint, broken = results["trials"]
+    assert [trial["state"] for trial in results["trials"]] == ["finished"] * 3 + ["failed"]
     assert "/nowhere" in broken["reasons"][0]
-    for trial in (anchor, identity):
+    for trial in (anchor, identity, joint):
         figures = {name: figure["mean"] for name, figure in trial["figures"].items()}
         assert {"bound", "ar", "unigram", "uniform", "train_flops", "brier_lm"} <= set(figures)
         assert 0 < figures["ar"] < figures["uniform"]
         assert trial["figures"]["bound"]["interval_over"] == "documents"
+    assert joint["figures"]["stochastic_bound"]["mean"] > 0
     assert anchor["figures"]["identity"]["mean"] == identity["figures"]["bound"]["mean"]
     # Equal compute, by what was counted after training.
     flops = [trial["figures"]["train_flops"]["mean"] for trial in (anchor, identity)]

@@ -101,6 +101,14 @@ def test_a_run_configuration_is_no_sweep_and_the_other_way_round(tmp_path: Path)
             "trials.a.stages: rq_transformer needs the codec",
         ),
         (
+            {"trials": {"a": {"stages": ["rqvae", "joint"]}}},
+            "trials.a.stages: joint trains both models; leave out rqvae and rq_transformer",
+        ),
+        (
+            {"trials": {"a": {"stages": ["joint"], "overrides": IDENTITY}}},
+            "trials.a.stages: joint needs codec.model: rqvae",
+        ),
+        (
             {"trials": {"a": {}, "b": {"overrides": {"data": {"seed": 5}}}}},
             "trials.b.data.directory: the trials a and b build different data in 'overridden'",
         ),
@@ -170,6 +178,16 @@ def test_compute_is_matched_with_the_base_lm_and_the_encoding_in_it(tmp_path: Pa
         # Twice the reference, twice the steps.
         twice = match_compute(trial, {name: 2 * cost for name, cost in costs.items()}, 40_000)
         assert twice == pytest.approx(2 * steps, abs=1)
+    # Both models at once, from the base LM: no encoding pass.
+    stages = ["base_lm", "joint"]
+    (joint,) = planned(tmp_path, "stages.joint.frozen_steps=0", trials={"joint": {"stages": stages}})
+    own = planned_flops(joint, 40_000)
+    assert set(own) == {"base_lm", "joint"}
+    doubled = match_compute(joint, own | {"joint": 2 * own["joint"]}, 40_000)
+    assert doubled == 2 * joint.config.for_stage("joint").train.steps
+    (phased,) = planned(tmp_path, "stages.joint.frozen_steps=5", trials={"joint": {"stages": stages}})
+    with pytest.raises(ValueError, match="the stage joint is not matched, since its phases are steps too"):
+        match_compute(phased, costs, 40_000)
     with pytest.raises(ValueError, match=r"leave .* for rq_transformer, or -?\d+ steps"):
         match_compute(rq, {"base_lm": costs["base_lm"]}, 40_000)
 
@@ -181,7 +199,8 @@ def test_what_does_not_matter_to_a_part_does_not_part_it(tmp_path: Path) -> None
         (trial,) = planned(tmp_path, trials={"trial": {"overrides": changes, **more}})
         run = TrialRun(trial, 1, ())
         base = run.shared_base()
-        return base.config.name, run.shared_codec(base).config.name
+        backbone = [base.model] if trial.starts_from_base_lm else []
+        return base.config.name, run.shared_codec(backbone).config.name
 
     base, codec = names({})
     assert names({"evaluation": {"max_samples": 3}}) == (base, codec)
