@@ -39,7 +39,8 @@ class Commands:
     Attributes:
         config: with the overrides applied.
         path: of the configuration's file.
-        ranks: processes that train together; one trains without ZeRO, which is the cheapest on one machine.
+        ranks: processes that train together; one trains under ZeRO-1, whatever the configuration says:
+            nothing to split, and weights in fp32 beside those in bf16.
     """
 
     config: RunConfig
@@ -83,7 +84,7 @@ class Commands:
         """
         directory = run_directory(self.config, stage)
         python = sys.executable
-        launcher, alone = [python], ["train.zero_stage=0"]
+        launcher, alone = [python], ["train.zero_stage=1"]
         if self.ranks > 1:
             # A free port, so that another job on this machine does not get in the way.
             launcher = [str(Path(python).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]

@@ -8,7 +8,7 @@ results.md beside it, written anew after every trial. Killed anywhere, the same 
 recorded with the reason, and the rest goes on; the exit status is then 1. On a cluster, task i of n takes every n-th
 trial (`--task-index i --num-tasks n`, slurm/experiments.sh), and `--merge` afterwards makes the table.
 
-One rank (the default) trains by plain `python` without ZeRO, the cheapest way on one machine.
+One rank (the default) trains by plain `python` under ZeRO-1, which splits nothing there.
 """
 
 from __future__ import annotations

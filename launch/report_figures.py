@@ -116,6 +116,8 @@ def codebooks(report: Mapping[str, Any], codec: Mapping[str, Any]) -> list[Figur
         values = [level.get(key) for level in levels]
         if not values or any(value is None for value in values) or len(bits) != len(values):
             continue
+        if not any(values):  # tokens as codes: there is no latent to lose anything of
+            continue
         drawing, axes = canvas(title)
         axes.plot(bits, values, color=BLUE, marker="o", markersize=4)
         for level, (x, y) in enumerate(zip(bits, values, strict=True)):

@@ -231,6 +231,14 @@ def test_the_bound_is_labelled_and_only_the_bound() -> None:
     ]
 
 
+def test_tokens_as_codes_lose_nothing_of_a_latent() -> None:
+    """Anchors have token accuracy by level, and no distortion to draw."""
+    codec = {"compression_factor": 4, "codebook_levels": 2, "codebook_size": 1025}
+    levels = [{"distortion": distortion, "token_accuracy": 0.5} for distortion in (0.0, 0.0)]
+    drawn = report_figures.codebooks({"codebook": {"levels": levels}}, codec)
+    assert [figure.caption.startswith("Token accuracy") for figure in drawn] == [True]
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path, run: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
