@@ -53,6 +53,7 @@ LEVELS = ("perplexity_normalized", "used_fraction", "nats_per_code", "distortion
 COMPUTE = ("train_tokens", "train_flops", "wall_s")
 TABLE = {
     "bound": "bound",
+    "stochastic_bound": "bound, codes drawn",
     "ar": "AR",
     "ar_trial": "AR, its own trial",
     "identity": "identity",

@@ -92,7 +92,7 @@ def test_three_files_say_the_same(tmp_path: Path) -> None:
     table = (tmp_path / "out/results.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1  # the reason's bar has not made a column
-    assert "| rq | 2 of 2 | 3.200 (0.659 to 5.741) | 2.500 (2.500 to 2.500) | – | 2.800 |" in table
+    assert "| rq | 2 of 2 | 3.200 (0.659 to 5.741) | – | 2.500 (2.500 to 2.500) | – | 2.800 |" in table
     assert "ar **failed**: train-base_lm ended with status 1" in table
     assert "Student" in table and "bootstrap" in table
 
