@@ -19,9 +19,9 @@ from launch.scored_models import Models
 from launch.scoring import Scores
 from rqvae import RQVAE
 from rqvae.calibration import TEMPERATURES, OtherTemperatures, best_temperature
+from rqvae.codebook import compute_perplexity
 from rqvae.codec import Codec
 from rqvae.encoder import chunk_documents
-from rqvae.quantizer import compute_perplexity
 
 PREFIX_SAMPLES = 64
 """Samples on which decoding from the first levels only is tried, once per level."""

@@ -13,8 +13,9 @@ from launch.compatibility import check_tokenizer, check_vocabulary
 from launch.loading import open_tokens
 from launch.task import Batch, Dataset, Phase, StepOutput, Task, token_metrics, token_sums
 from rqvae.anchor_codec import AnchorCodec
+from rqvae.codebook import compute_perplexity
 from rqvae.encoder import chunk_documents
-from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer, compute_perplexity
+from rqvae.quantizer import INITIALISATION_VECTORS_PER_CODE, ResidualQuantizer
 from rqvae.randomness import sample_seeds
 from rqvae.rq_vae import RQVAE, RQVAEOutput
 

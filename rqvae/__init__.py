@@ -17,7 +17,7 @@ _HOME = {
     "IdentityCodec": "identity_codec",
     "LatentGenerator": "generation",
     "LatentModel": "latent_model",
-    "Quantizer": "quantizer",
+    "Quantizer": "codebook",
     "RQTransformer": "rq_transformer",
     "RQTransformerConfig": "config",
     "RQVAE": "rq_vae",

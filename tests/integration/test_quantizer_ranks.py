@@ -16,10 +16,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rqvae import ResidualQuantizer
-from rqvae import quantizer as quantizer_module
+from rqvae import ResidualQuantizer, codebook
+from rqvae.codebook import kmeans
 from rqvae.config import QuantizerConfig
-from rqvae.quantizer import kmeans
 
 SIZES, DIM, NUM_STEPS = (16, 8, 8), 6, 12
 BATCH, LENGTH = 2, 20
@@ -95,7 +94,7 @@ def run_rank(rank: int, world_size: int, directory: str) -> None:
     scripts = {**SCRIPTS, SHARED: every_rank_has_data, UNEVEN_ROUNDING: every_rank_has_data}
     for name, script in scripts.items():
         if name == UNEVEN_ROUNDING:
-            quantizer_module.kmeans = lambda *args: kmeans(*args) * (1 + 1e-5 * rank)
+            codebook.kmeans = lambda *args: kmeans(*args) * (1 + 1e-5 * rank)
 
         def micro_batches(step: int, script: Script = script) -> list[tuple[Tensor, Tensor]]:
             latents, mask = script(rank, step)

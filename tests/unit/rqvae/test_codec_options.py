@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rqvae import RQVAE, BaseLM, ResidualQuantizer, RQVAEConfig
+from rqvae.codebook import FiniteScalarQuantizer
 from rqvae.config import QuantizerConfig
 from rqvae.encoder import chunk_documents
-from rqvae.quantizer import FiniteScalarQuantizer, rotate_to
+from rqvae.quantizer import rotate_to
 from rqvae.randomness import sample_seeds
 
 MakeCodec = Callable[..., RQVAE]

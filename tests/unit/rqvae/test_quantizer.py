@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rqvae import Quantizer, ResidualQuantizer
-from rqvae import quantizer as module
+from rqvae import codebook as module
+from rqvae.codebook import compute_perplexity, kmeans, nearest, sum_by_code
+from rqvae.collectives import gather_rows
 from rqvae.config import QuantizerConfig
-from rqvae.quantizer import compute_perplexity, gather_rows, kmeans, nearest, sum_by_code
 
 DIM = 6
 
