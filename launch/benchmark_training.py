@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import describe_environment
-from launch.tracking import read_metrics
+from launch.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"DDP (ZeRO-0)": 0, "ZeRO-1": 1, "ZeRO-3": 3}

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline import TokenDataset
 from data_pipeline.errors import DatasetError
 from launch.config import RunConfig, load_config
-from launch.tracking import read_metrics
+from launch.metrics_log import read_metrics
 from launch.training_flops import encoding_flops, stage_flops
 
 STAGES = ("base_lm", "rqvae", "rq_transformer", "joint")

@@ -15,8 +15,8 @@ import yaml
 
 from launch import report_figures as figures
 from launch.config import STAGES
+from launch.metrics_log import read_metrics
 from launch.report_formats import Page, number, percent, render_page, write_page
-from launch.tracking import read_metrics
 
 STAGE_TITLES = {
     "base_lm": "Base LM",

@@ -14,9 +14,9 @@ import pytest
 from launch import report_figures
 from launch.config import load_config
 from launch.figure_style import Figure
+from launch.metrics_log import MetricsLog
 from launch.report_formats import duration, number, percent
 from launch.report_run import headline_rows, read_inputs, write_report
-from launch.tracking import MetricsLog
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "configs" / "tiny_rqvae.yaml"

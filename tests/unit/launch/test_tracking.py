@@ -13,8 +13,9 @@ import pytest
 import wandb
 
 from launch.config import RunConfig, load_config
+from launch.metrics_log import MetricsLog, read_metrics
 from launch.reconstructions import Reconstruction
-from launch.tracking import MetricsLog, Tracker, read_metrics, wandb_mode
+from launch.tracking import Tracker, wandb_mode
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny_rqvae.yaml"
 
