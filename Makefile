@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes with one thread each: torch's own threads on top of them only get in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations 15
 
 .PHONY: install demo test test-all test-slurm test-slurm-short soak gpu-check check format lock unsloth clean
 .DELETE_ON_ERROR:
