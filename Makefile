@@ -1,4 +1,4 @@
-# make demo     the whole chain at small size on this machine, about 20 minutes on 2 cores
+# make demo     the whole chain at small size on this machine, 12 minutes on 2 fast cores
 # make test     the tests that CI runs            make test-all   all that this machine can run
 # make check    style, types, import contract     make unsloth    second environment, for the comparison only
 # make soak     training killed 50 times at random moments, compared with a run that nobody killed; about an hour
