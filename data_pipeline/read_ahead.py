@@ -62,14 +62,9 @@ def read_in_processes(
         num_workers=num_workers,
         prefetch_factor=_PREFETCH_PER_WORKER,
         collate_fn=_unchanged,
-        worker_init_fn=partial(_end_with_the_parent_only, os.getpid()),
-        generator=torch.Generator(),  # its seed must not be drawn from the generator that training draws from
+        **worker_options(),
     )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # workers inherit it from their start
-    try:
-        iterator = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    iterator = start_workers(loader)
     try:
         while True:
             result = next(iterator)
@@ -87,6 +82,24 @@ def read_in_processes(
         f"a process that reads data died ({problem}). If it was killed, the machine may be out of memory: lower "
         "train.num_workers, or set train.worker_kind=thread"
     )
+
+
+def worker_options() -> dict[str, Any]:
+    """Of any DataLoader whose processes read for training."""
+    return {
+        "worker_init_fn": partial(_end_with_the_parent_only, os.getpid()),
+        # Its seed must not be drawn from the generator that training draws from.
+        "generator": torch.Generator(),
+    }
+
+
+def start_workers(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
+    """`iter(loader)`, whose processes do not take SIGTERM, from their start on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Reads(torch.utils.data.Dataset[Any]):

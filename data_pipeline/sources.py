@@ -268,9 +268,11 @@ class _HubDataset:
             from datasets import load_dataset
 
             config = self._config
+            # The commit that is recorded, also where a branch moves on meanwhile.
+            revision = config.revision if Path(config.path).is_dir() else self._commit()
             try:
                 dataset = load_dataset(
-                    config.path, config.name, split=config.split, revision=config.revision, streaming=True
+                    config.path, config.name, split=config.split, revision=revision, streaming=True
                 )
             except Exception as error:  # the hub's client raises many kinds, of several libraries
                 raise SourceError(
@@ -290,7 +292,17 @@ class _HubDataset:
 
     def read(self, unit: int) -> Iterator[Document]:
         dataset = self._open()
-        for row in dataset.shard(num_shards=dataset.num_shards, index=unit):
+        rows = iter(dataset.shard(num_shards=dataset.num_shards, index=unit))
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, the hub's client or the files, of several libraries
+                raise SourceError(
+                    f"the dataset {self._config.path!r}, part {unit}, cannot be read on: {error}. Run the same "
+                    "command again; what is done is kept"
+                ) from error
             document = self._rows.document(row, f"{self._config.path}, part {unit}")
             if document is not None:
                 yield document

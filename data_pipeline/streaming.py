@@ -19,6 +19,7 @@ from data_pipeline.dataset import Batch, TokenDataset, assemble
 from data_pipeline.errors import DatasetError, EmptySplitError, FingerprintMismatchError
 from data_pipeline.order import check_slice
 from data_pipeline.permutation import Permutation
+from data_pipeline.read_ahead import start_workers, worker_options
 from data_pipeline.shard_stream import Piece, Sample, ShardStore, read_pieces
 
 _PREFETCH_PER_WORKER = 2
@@ -244,13 +245,14 @@ class StreamLoader:
         parts = [
             range(start, stop) for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
         ]
-        self._batches: Iterator[Batch | DatasetError] = iter(
+        self._batches: Iterator[Batch | DatasetError] = start_workers(
             DataLoader(
                 _StreamReader(self._order, parts, start_step),
                 batch_size=None,
                 num_workers=self._workers,
                 prefetch_factor=_PREFETCH_PER_WORKER if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
+                **worker_options(),
             )
         )
         self._ready: deque[Batch] = deque()

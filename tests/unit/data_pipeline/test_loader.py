@@ -51,6 +51,8 @@ def take(dataset: Dataset, steps: int, **options: Any) -> list[tuple[int, list[i
 def joined(dataset: Dataset, steps: int, world_size: int, **options: Any) -> list[tuple[int, list[int]]]:
     """The global batches: the ranks' slices one behind the other."""
     ranks = [take(dataset, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    for parts in zip(*ranks, strict=True):
+        assert len({len(part[1]) for part in parts}) == 1  # no rank has more than another
     return [(parts[0][0], [i for part in parts for i in part[1]]) for parts in zip(*ranks, strict=True)]
 
 

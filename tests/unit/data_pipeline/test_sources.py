@@ -18,7 +18,7 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import SourceError
 from data_pipeline.source_files import hash_file
-from data_pipeline.sources import Document, open_source, split_of
+from data_pipeline.sources import Document, _HubDataset, open_source, split_of
 
 FINEWEB = {
     "text": ["one two", "deux", "x", "four five"],
@@ -327,6 +327,37 @@ def test_the_hub_source_on_a_local_dataset_of_the_same_schema(
     assert [document.text for document in documents] == ["one two", "x", "four five"]
     config = DataConfig.model_validate({"directory": "d", "source": source})
     assert open_source(config).identity() == open_source(config).identity()
+
+
+def test_a_hub_that_fails_while_it_is_read_is_an_error_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        column_names = None
+        num_shards = 1
+
+        def shard(self, **_: int) -> Iterator[dict[str, str]]:
+            yield from ()
+            raise OSError("connection reset")
+
+    opened = []
+
+    def load_dataset(*_: object, **options: object) -> Failing:
+        opened.append(options["revision"])
+        return Failing()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source: dict[str, object] = {"kind": "hub", "path": str(tmp_path), "name": None}
+    with pytest.raises(
+        SourceError, match=r"part 0, cannot be read on: connection reset. Run the same command"
+    ):
+        read(source)
+
+    # What is read is the commit that is recorded, whatever the branch does.
+    monkeypatch.setattr(_HubDataset, "_commit", lambda _: "0123abc")
+    with pytest.raises(SourceError, match="cannot be read on"):
+        read(source | {"path": "someone/texts"})
+    assert opened == [None, "0123abc"]
 
 
 def test_the_hub_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
 import shutil
+import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ def joined(directory: Path | str, steps: int, world_size: int, **options: Any) -
     ranks = [
         take(directory, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)
     ]
+    for parts in zip(*ranks, strict=True):
+        assert len({len(part[1]) for part in parts}) == 1  # no rank has more than another
     return [(parts[0][0], [i for part in parts for i in part[1]]) for parts in zip(*ranks, strict=True)]
 
 
@@ -58,6 +63,22 @@ def test_batches_are_those_of_random_access(built: Path) -> None:
             expected = dataset.read(batch["sample_index"].numpy())
             assert batch.keys() == expected.keys()
             assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_training_process(built: Path) -> None:
+    before = torch.get_rng_state()
+    with StreamLoader(str(built), global_batch_size=8, streams=4, num_workers=2) as loader:
+        next(loader)
+        mine = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+        assert len(mine) == 2
+        for pid in mine:  # by another process, as Slurm does
+            subprocess.run(["/bin/kill", "-TERM", str(pid)], check=True)
+        time.sleep(0.2)
+        for _ in range(loader.steps_per_epoch + 20):  # more than was read ahead
+            next(loader)
+        assert {child.pid for child in multiprocessing.active_children()} == set(mine)
+    # Nor do they draw from training's random numbers.
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (2, 1), (4, 0)])
