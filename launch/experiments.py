@@ -5,8 +5,9 @@
 
 Every trial is a run directory, `runs/sweeps/SWEEP/TRIAL-seedN`, with its logs in it and results.json, results.csv and
 results.md beside it, written anew after every trial. Killed anywhere, the same command goes on. A trial that fails is
-recorded with the reason, and the rest goes on; the exit status is then 1. On a cluster, task i of n takes every n-th
-trial (`--task-index i --num-tasks n`, slurm/experiments.sh), and `--merge` afterwards makes the table.
+recorded with the reason, and the rest goes on; the exit status is then 1. What some sweep has finished under another
+name is not run again. On a cluster, task i of n takes every n-th trial (`--task-index i --num-tasks n`,
+slurm/experiments.sh), and `--merge` afterwards makes the table.
 
 One rank (the default) trains by plain `python` under ZeRO-1, which splits nothing there.
 """
@@ -31,7 +32,8 @@ from launch.run_lock import RunLock
 from launch.steps import REPOSITORY, run_steps
 from launch.sweep import PlannedTrial, Sweep, load_sweep, plan_trials, short_hash
 from launch.training_flops import tokens_to_encode
-from launch.trials import CONFIG, TrialError, TrialRun, write_config, write_record
+from launch.trial_records import content_hash, find_twin, write_record
+from launch.trials import CONFIG, TrialError, TrialRun, write_config
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,14 @@ def run_trial(
                 "planned_flops": resolved.flops,
                 "compute_ratio": resolved.ratio,
             }
+            record["content"] = content = content_hash(resolved.trial, sweep.measure, ranks)
+            twin = find_twin(trial, content)
+            if twin is not None:
+                directory, its_record = twin
+                print(f"the same as {directory}, which has been run", flush=True)
+                taken = {"state": "finished", "reason": "", "same_as": str(directory)}
+                write_record(trial, record | taken | {"wall_s": its_record["wall_s"]})
+                return False
             write_record(trial, record)
             run = TrialRun(resolved.trial, ranks, sweep.measure, failed_parts)
             run()

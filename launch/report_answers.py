@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.report_formats import number, percent
-from launch.report_sweep_figures import SERIES, fit_power_law, series
+from launch.report_scaling import SERIES, fit_power_law, gaps, series
 
 Trial = Mapping[str, Any]
 QWEN3_8B = "8B"
@@ -79,6 +79,7 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
         best("How should bits be spread: few large codebooks or many small ones?", "codebook", codec="rqvae"),
         best("Should sizes differ by level?", "codebook", "d2-c1024", "d2-coarse", "d2-fine", "d3-graded"),
         best("RQ-transformer or a standard transformer, at equal training compute?", "architecture"),
+        with_text("Does the gap to plain AR close with size and training?", "model_size", closing),
         best("Does a pretrained decoder help?", "backbone"),
         best("Frozen only, warm-up, or full training?", "freezing"),
         best("Which quantizer?", "quantizer", codec="rqvae"),
@@ -141,13 +142,25 @@ def ends(trial: Trial, figure: str) -> str:
     return f"{number(low)} to {number(high)} over {over}"
 
 
-def certainty(first: Trial, second: Trial, figure: str) -> str:
-    """What may be said of a difference."""
-    a, b = first["figures"][figure], second["figures"][figure]
+def certainty(first: Trial, second: Trial) -> str:
+    """What may be said of a difference between bounds."""
+    a, b = (trial["figures"][bound_of(trial)] for trial in (first, second))
     if min(a["n"], b["n"]) < 2:
         return "one seed: a hint, no more"
     apart = a["interval"][1] < b["interval"][0] or b["interval"][1] < a["interval"][0]
     return f"{min(a['n'], b['n'])} seeds; the intervals " + ("do not overlap" if apart else "overlap: open")
+
+
+def bound_of(trial: Trial) -> str:
+    """Which bound says most of a trial: that of drawn codes, where it was evaluated and is lower."""
+    drawn = "stochastic_bound"
+    has_drawn = drawn in trial["figures"] and mean(trial, drawn) < mean(trial, "bound")
+    return drawn if has_drawn else "bound"
+
+
+def bits(trial: Trial) -> float:
+    """The bound, in bits per byte."""
+    return mean(trial, bound_of(trial))
 
 
 def learned(results: Mapping[str, Any], names: Sequence[str] = (), codec: str | None = None) -> list[Trial]:
@@ -159,7 +172,7 @@ def learned(results: Mapping[str, Any], names: Sequence[str] = (), codec: str | 
         and codec in (None, found)
         and (not names or trial["trial"] in names)
     ]
-    return sorted(trials, key=lambda trial: mean(trial, "bound"))
+    return sorted(trials, key=bits)
 
 
 def best_trial(
@@ -170,15 +183,15 @@ def best_trial(
     if len(trials) < 2:
         return None
     first, second = trials[:2]
-    others = "; ".join(f"{trial['about']}: {number(mean(trial, 'bound'))}" for trial in trials[1:])
+    others = "; ".join(f"{trial['about']}: {number(bits(trial))}" for trial in trials[1:])
     worse = _baselines(first)
     return Answer(
         text,
         results["sweep"],
         f"{first['about']} has the lowest bound. {others}.{worse}",
-        f"{number(mean(first, 'bound'))} bits per byte",
-        ends(first, "bound"),
-        certainty(first, second, "bound"),
+        f"{number(bits(first))} bits per byte",
+        ends(first, bound_of(first)),
+        certainty(first, second),
         links(results, [trial["trial"] for trial in trials]),
     )
 
@@ -204,15 +217,15 @@ def against_ar(text: str, results: Mapping[str, Any]) -> Answer | None:
         return None
     best = trials[0]
     reference = "ar_trial" if "ar_trial" in best["figures"] else "ar"
-    ratio = mean(best, "bound") / mean(best, reference)
+    ratio = bits(best) / mean(best, reference)
     return Answer(
         text,
         results["sweep"],
-        f"{best['about']}: a bound of {number(mean(best, 'bound'))} bits per byte, {number(ratio)} times plain AR's "
+        f"{best['about']}: a bound of {number(bits(best))} bits per byte, {number(ratio)} times plain AR's "
         f"{number(mean(best, reference))}.{_baselines(best)}",
         f"{number(ratio)} x",
-        ends(best, "bound"),
-        f"{best['figures']['bound']['n']} seed(s); the bound is one from above",
+        ends(best, bound_of(best)),
+        f"{best['figures'][bound_of(best)]['n']} seed(s); the bound is one from above",
         links(results, [best["trial"]]),
     )
 
@@ -223,8 +236,7 @@ def by_compression(text: str, results: Mapping[str, Any]) -> Answer | None:
     if not trials:
         return None
     rows = "; ".join(
-        f"{trial['about']}: {number(mean(trial, 'bound'))} at {number(mean(trial, 'speedup'))}x"
-        for trial in trials
+        f"{trial['about']}: {number(bits(trial))} at {number(mean(trial, 'speedup'))}x" for trial in trials
     )
     fastest = max(trials, key=lambda trial: mean(trial, "speedup"))
     return Answer(
@@ -289,6 +301,27 @@ def unsloth(text: str, results: Mapping[str, Any]) -> Answer | None:
     if trial is None or not trial["reasons"]:
         return None
     return Answer(text, results["sweep"], trial["reasons"][0].splitlines()[0], certainty="open")
+
+
+def closing(text: str, results: Mapping[str, Any]) -> Answer | None:
+    """Bound over AR along training, by size."""
+    by_size = gaps(results["runs"])
+    if not by_size:
+        return None
+    rows = "; ".join(
+        f"{size / 1e6:.2g} million weights: {', '.join(number(ratio) for _, ratio in places)}"
+        for size, places in by_size.items()
+    )
+    last = {size: places[-1][1] for size, places in by_size.items()}
+    return Answer(
+        text,
+        results["sweep"],
+        f"Bound over plain AR's bits at equal compute, from the shortest training to the longest: {rows}.",
+        f"{number(last[min(last)])} to {number(last[max(last)])}",
+        "none",
+        "one seed; smallest to largest size, trained longest",
+        links(results, [trial["trial"] for trial in learned(results)]),
+    )
 
 
 def extrapolated(text: str, results: Mapping[str, Any], sizes: Mapping[str, float]) -> Answer | None:

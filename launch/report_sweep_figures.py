@@ -1,46 +1,22 @@
-"""Figures over many runs: frontier, rate and distortion, codebooks, scaling."""
+"""Figures over many runs: frontier, rate and distortion, codebooks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from launch.figure_style import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PURPLE, Figure, canvas, finish, styled
+from launch.figure_style import BLUE, GREEN, GREY, ORANGE, PAPER, PURPLE, Figure, canvas, finish, styled
 
 Run = Mapping[str, Any]
-_KINDS = {
+KINDS = {
     "rqvae": ("o", ORANGE, "RQ-VAE"),
     "anchor": ("s", PURPLE, "anchors"),
     "identity": ("D", GREEN, "identity codec"),
 }
 _MAX_LABELS = 24
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """bits = scale * size ** -exponent, by least squares in logarithms (two parameters, no irreducible part)."""
-
-    scale: float
-    exponent: float
-
-    def __call__(self, size: float) -> float:
-        """Bits at a size."""
-        return self.scale * size**-self.exponent
-
-
-def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw | None:
-    """The fit, or None for fewer than two different sizes."""
-    if len(set(sizes)) < 2:
-        return None
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    return PowerLaw(math.exp(mean_y - slope * mean_x), -slope)
 
 
 @styled
@@ -53,7 +29,7 @@ def frontier(runs: Sequence[Run]) -> Figure | None:
     seen: set[str] = set()
     ahead = pareto(latent)
     for run in latent:
-        marker, color, label = _KINDS[run["codec"]]
+        marker, color, label = KINDS[run["codec"]]
         figures = run["figures"]
         axes.plot(
             figures["tokens_per_s"],
@@ -193,71 +169,6 @@ def codebook_heat_map(runs: Sequence[Run], key: str, title: str) -> Figure | Non
     return finish(
         drawing, f"{title} by trial and level, on the evaluated split. Uniform usage is no goal by itself."
     )
-
-
-@styled
-def scaling(runs: Sequence[Run], targets: Mapping[str, float]) -> Figure | None:
-    """Bits over the backbone's size, with fitted power laws carried on to the sizes of `targets`."""
-    drawing, axes = canvas("Size and bits per byte", width=6.4, height=3.6)
-    told: list[str] = []
-    for name, kind, key, color in SERIES:
-        points = series(runs, kind, key)
-        law = fit_power_law(*zip(*points, strict=True)) if points else None
-        if law is None:
-            continue
-        sizes = [size for size, _ in points]
-        axes.plot(sizes, [bits for _, bits in points], "o", color=color, markersize=4.5, label=name)
-        within = [min(sizes), max(sizes)]
-        axes.plot(within, [law(size) for size in within], color=color)
-        beyond = [max(sizes), max([*targets.values(), max(sizes)])]
-        axes.plot(beyond, [law(size) for size in beyond], color=color, linestyle=(0, (4, 3)), linewidth=1)
-        ends = ", ".join(f"{law(size):.2g} at {target}" for target, size in targets.items())
-        told.append(f"{name}: size^-{law.exponent:.3g}; extrapolated, {ends}")
-    if not told:
-        return None
-    for target, size in targets.items():
-        axes.axvline(size, color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
-        axes.annotate(
-            target,
-            (size, 1),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            va="top",
-            ha="right",
-            fontsize=7,
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("weights of the backbone's layers")
-    axes.set_ylabel("bits per byte")
-    axes.legend(loc="lower left")
-    return finish(
-        drawing,
-        "Fitted power laws without an irreducible part (solid within the data). Dashed: EXTRAPOLATION over several "
-        f"orders of magnitude, at these models' few training tokens; not a prediction. {'. '.join(told)}.",
-    )
-
-
-SERIES = (
-    ("latent model on RQ codes, bound", "rqvae", "bound", ORANGE),
-    ("latent model on anchors, bound", "anchor", "bound", PURPLE),
-    ("plain AR", None, "ar", BLUE),
-)
-"""Lines of the scaling figure: label, kind of codec, figure, colour."""
-
-
-def series(runs: Sequence[Run], kind: str | None, key: str) -> list[tuple[float, float]]:
-    """Size and bits of the runs of a kind of codec (None: any), each size and value once; trials of plain AR alone,
-    which train for longer, are left out."""
-    found = {
-        (float(run["backbone_parameters"]), float(run["figures"][key]))
-        for run in runs
-        if key in run["figures"]
-        and run.get("backbone_parameters")
-        and run["codec"] in ((kind,) if kind else _KINDS)
-    }
-    return sorted(found)
 
 
 def _or_nan(values: Sequence[float | None], level: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from launch import report_scaling
 from launch import report_sweep_figures as figures
 from launch.report_answers import answers
 from launch.report_data import read_report
@@ -100,7 +101,14 @@ def qwen3_sizes() -> dict[str, float]:
 
 def render(sweeps: Mapping[str, Mapping[str, Any]], beside: Path) -> Page:
     """The page; links to runs are relative to the directory `beside`."""
-    runs = [run for results in sweeps.values() for run in results["runs"] if run["state"] == "finished"]
+    # A trial of several sweeps is one run.
+    by_directory = {
+        run["directory"]: run
+        for results in sweeps.values()
+        for run in results["runs"]
+        if run["state"] == "finished"
+    }
+    runs = list(by_directory.values())
     sizes = qwen3_sizes()
     maps = [
         figures.codebook_heat_map(with_levels, key, title)
@@ -134,7 +142,8 @@ def render(sweeps: Mapping[str, Mapping[str, Any]], beside: Path) -> Page:
         frontier=figures.frontier(runs),
         rate=figures.rate_distortion(runs),
         heat_maps=[drawn for drawn in maps if drawn is not None],
-        scaling=figures.scaling(sized, sizes),
+        scaling=report_scaling.scaling(sized, sizes),
+        gap_trend=report_scaling.gap_trend(sized),
         samples=samples(runs),
         explorer=json.dumps({"tokens": EXPLORER_TOKENS}),
     )

@@ -20,7 +20,7 @@ from launch import flops
 from launch.report_data import read_report
 from launch.steps import REPOSITORY
 from launch.sweep import PlannedTrial, Sweep
-from launch.trials import read_record
+from launch.trial_records import read_record
 from rqvae.config import ArchitectureConfig
 
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -116,7 +116,7 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
     run: dict[str, Any] = {
         "trial": trial.name,
         "seed": trial.seed,
-        "directory": str(trial.directory),
+        "directory": record.get("same_as", str(trial.directory)),
         "state": record["state"],
         "reason": record.get("reason", ""),
         "codec": None if is_ar else codec.model,
@@ -135,7 +135,7 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
     }
     if record["state"] != "finished":
         return run  # a report of an earlier configuration is not this trial's
-    report = read_report(REPOSITORY / trial.directory / "report.json")
+    report = read_report(REPOSITORY / run["directory"] / "report.json")
     if not is_ar:
         return run | figures_of(report)
     # The identity codec that it is evaluated with has nothing to say here.

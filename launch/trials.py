@@ -8,13 +8,12 @@ trained together with its latent model is the trial's own.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launch.chain import Commands
 from launch.config import BenchmarkConfig, EvaluationConfig, RunConfig, StagesConfig, load_config
@@ -24,7 +23,6 @@ from launch.steps import REPOSITORY, Failure, Step, run_steps, seconds_of
 from launch.sweep import PlannedTrial, short_hash
 from rqvae.config import LatentModelConfig, RQVAEConfig
 
-RECORD = "trial.json"
 CONFIG = "trial.yaml"
 
 
@@ -232,36 +230,3 @@ def link(place: Path, target: Path) -> None:
         raise TrialError(f"'{place}' is in the way of a link to '{target}'; remove it")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(wanted)
-
-
-def write_record(trial: PlannedTrial, values: Mapping[str, Any]) -> None:
-    """What became of a trial, in its directory.
-
-    Args:
-        trial: as planned, its steps not matched yet.
-    """
-    path = REPOSITORY / trial.directory / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    content = {**values, "settings": settings_hash(trial)}
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_record(trial: PlannedTrial) -> dict[str, Any]:
-    """What `write_record` wrote of this trial with these settings, else that it was not run."""
-    path = REPOSITORY / trial.directory / RECORD
-    if not path.is_file():
-        return {"state": "not run", "reason": trial.spec.not_run}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("settings") != settings_hash(trial):
-        return {"state": "not run", "reason": "its settings have changed since it was run"}
-    return values
-
-
-def settings_hash(trial: PlannedTrial) -> str:
-    """Names all that a trial's figures depend on."""
-    values = trial.config.model_dump(mode="json", exclude={"tracking", "stages"})
-    stages = trial.config.stages.model_dump(mode="json", exclude_unset=True)
-    spec = trial.spec.model_dump(mode="json", include={"pretrained_backbone", "match_compute"})
-    return short_hash({**values, "stages": stages, "trained": trial.stages, **spec})

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from launch.matching import planned_flops
 from launch.report import main
-from launch.report_answers import Answer, answers
-from launch.report_sweep_figures import fit_power_law
+from launch.report_answers import Answer, answers, learned
+from launch.report_scaling import fit_power_law, gaps, series
 from launch.report_sweeps import qwen3_sizes, read_sources, write_overview
 from launch.results import write_results
 from launch.sweep import PlannedTrial, load_sweep, plan_trials
-from launch.trials import write_record
+from launch.trial_records import write_record
 from tests.unit.launch.test_report import Page
 
 ROOT = Path(__file__).parents[3]
@@ -70,12 +71,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for trial in trials:
             if trial.spec.not_run:
                 write_record(trial, {"state": "not run", "reason": trial.spec.not_run})
-            elif trial.name == "k16-d8":
+            elif trial.name == "rq-k16-d8":
                 write_record(
                     trial, {"state": "failed", "reason": "train-rqvae ended with status 1: no <memory>"}
                 )
             else:
-                write_record(trial, {"state": "finished"})
+                record = {"state": "finished", "planned_flops": planned_flops(trial, 0)}
+                write_record(trial, record)
                 (trial.directory / "report.json").write_text(json.dumps(invented(trial)))
         write_results(sweep, trials, directory / "sweeps" / name)
     return directory / "sweeps"
@@ -102,7 +104,7 @@ def test_the_page_is_whole_and_needs_no_network(page: str) -> None:
         if name in ("aria-labelledby", "clip-path") and value:
             assert value.removeprefix("url(#").removesuffix(")") in parsed.ids, value
     assert len(parsed.ids) == len(set(parsed.ids))
-    assert page.count("<svg") == 5  # frontier, rate, two heat maps, scaling
+    assert page.count("<svg") == 6  # frontier, rate, two heat maps, scaling, gap
     assert "<del> &lt;b&gt;</del><ins> a</ins>" in page
     assert "no &lt;memory&gt;" in page
     assert "prompt lookup" in page
@@ -120,7 +122,7 @@ def test_links_lead_to_the_runs(page: str, root: Path) -> None:
 
 def test_answers_come_from_the_sweeps_and_from_nowhere_else(root: Path) -> None:
     found = answer(root, "plain AR's", "compression")
-    best, ar = 8 * 256**-0.25 * 1.1 + 0.01 * len("anchor-k4"), 8 * 256**-0.25
+    best, ar = 8 * 256**-0.25 * 1.1 + 0.01 * len("anchor-k4"), 8 * 256**-0.25  # the shortest name
     assert found.number == f"{best / ar:.2f} x"
     assert [name for name, _ in found.links] == ["anchor-k4"]
     assert "1 seed" in found.certainty
@@ -132,6 +134,39 @@ def test_answers_come_from_the_sweeps_and_from_nowhere_else(root: Path) -> None:
         row = answer(root, part, "compression")
         assert (row.answer, row.sweep, row.number) == ("not run", None, "")
         assert row.certainty.startswith("python launch/")
+
+
+def test_a_bound_of_drawn_codes_counts_where_it_is_lower(root: Path) -> None:
+    results = json.loads((root / "quantizer/results.json").read_text())
+    anchor, other = (
+        next(trial for trial in results["trials"] if trial["trial"] == name) for name in ("anchor-k4", "beam")
+    )
+    assert learned(results)[0] is anchor
+    other["figures"]["stochastic_bound"] = {**anchor["figures"]["bound"], "mean": 1.0, "interval": [0.9, 1.1]}
+    assert learned(results)[0] is other
+    row = next(row for row in answers({"quantizer": results}, {}) if row.question == "Which quantizer?")
+    assert (row.number, row.interval[:8]) == ("1.00 bits per byte", "0.900 to")
+    # Above the other, it says less.
+    other["figures"]["stochastic_bound"]["mean"] = 99.0
+    assert learned(results)[0] is anchor
+
+
+def test_the_trend_is_over_what_was_trained_longest(root: Path) -> None:
+    runs = json.loads((root / "model_size/results.json").read_text())["runs"]
+    for run in runs:  # short training is worse
+        if run["codec"] == "anchor" and not run["trial"].endswith("-1000"):
+            run["figures"]["bound"] += 1
+    long = {
+        run["figures"]["bound"] for run in runs if run["codec"] == "anchor" and run["trial"].endswith("-1000")
+    }
+    assert {bits for _, bits in series(runs, "anchor", "bound")} == long
+    by_size = gaps(runs)
+    assert [len(places) for places in by_size.values()] == [3, 3, 3]
+    for places in by_size.values():
+        flops, ratios = zip(*places, strict=True)
+        assert list(flops) == sorted(flops) and ratios[2] < ratios[0]
+    identity = next(run for run in runs if run["codec"] == "identity")
+    assert gaps([identity, *(run for run in runs if run["codec"] is None)]) == {}
 
 
 def test_a_known_power_law_is_found() -> None:
@@ -225,7 +260,7 @@ REACTS = """
 def test_chromium_shows_the_plots_and_the_explorer_reacts(page: str, tmp_path: Path) -> None:
     found = shown(page, tmp_path, REACTS)
     assert (found["errors"], found["loaded"]) == ([], [])
-    assert found["figures"] == [True] * 5
+    assert found["figures"] == [True] * 6
     assert found["start"]["words"].startswith(
         "Latent 3 of 1 layer sees tokens 12 to 15 through the convolutions"
     )

@@ -13,7 +13,7 @@ import pytest
 
 from launch.results import collect, interval, write_results
 from launch.sweep import PlannedTrial, Sweep, load_sweep, plan_trials
-from launch.trials import write_record
+from launch.trial_records import write_record
 from tests.unit.launch.test_sweep import write
 
 
