@@ -1,11 +1,14 @@
-"""Commands on token shards: `python -m data_pipeline {build,deduplicate,verify,inspect,stats} --help`."""
+"""Commands on token shards and codes: `python -m data_pipeline {build,deduplicate,verify,inspect,stats} --help`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.config import DataConfig
@@ -112,7 +115,57 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _holds_codes(directory: str) -> bool:
+    from data_pipeline.code_manifest import CODE_MANIFEST_NAME
+
+    return (Path(directory) / CODE_MANIFEST_NAME).is_file()
+
+
+def _inspect_codes(arguments: argparse.Namespace) -> int:
+    from data_pipeline.code_manifest import load_code_manifest
+    from data_pipeline.code_statistics import read_codes
+    from data_pipeline.errors import EmptySplitError
+
+    manifest = load_code_manifest(arguments.directory)
+    print(json.dumps(manifest.model_dump(mode="json", exclude={"splits"}), indent=2))
+    for name, shards in manifest.splits.items():
+        print(f"{name:<12}{sum(shard.samples for shard in shards):>12,} samples{len(shards):>8} shards")
+    if arguments.split not in manifest.splits:
+        raise EmptySplitError(
+            f"{arguments.directory}: the split {arguments.split!r} was not encoded; there are: "
+            f"{', '.join(manifest.splits)}"
+        )
+    shown = islice(read_codes(arguments.directory, manifest, arguments.split), arguments.samples)
+    for index, codes in enumerate(shown):
+        print(f"--- {arguments.split} sample {index}, a latent in brackets")
+        print(" ".join(f"[{' '.join(map(str, latent))}]" for latent in codes))
+    return 0
+
+
+def _stats_of_codes(arguments: argparse.Namespace) -> int:
+    from data_pipeline.code_manifest import load_code_manifest
+    from data_pipeline.code_statistics import level_statistics
+
+    manifest = load_code_manifest(arguments.directory)
+    layout = manifest.layout
+    bits = sum(math.log2(size) for size in layout.codebook_sizes) / layout.compression_factor
+    for split, shards in manifest.splits.items():
+        samples = sum(shard.samples for shard in shards)
+        print(
+            f"{split}: {samples:,} samples, {samples * layout.shape[0]:,} latents of "
+            f"K={layout.compression_factor} tokens, padding among them; at most {bits:.3f} bits per token"
+        )
+        for level, of_level in enumerate(level_statistics(arguments.directory, manifest, split), 1):
+            print(
+                f"  level {level:>2}  {of_level.used:>8,} of {of_level.size:,} codes used, perplexity "
+                f"{of_level.perplexity:,.1f}"
+            )
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
+    if _holds_codes(arguments.directory):
+        return _inspect_codes(arguments)
     from data_pipeline.dataset import TokenDataset
     from data_pipeline.manifest import load_manifest
     from data_pipeline.tokenizer import load_tokenizer
@@ -132,6 +185,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
+    if _holds_codes(arguments.directory):
+        return _stats_of_codes(arguments)
     from data_pipeline.manifest import load_manifest
     from data_pipeline.statistics import split_statistics
 
@@ -191,14 +246,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("directory", help="directory of token shards or of codes")
     verify.set_defaults(run=_verify)
 
-    inspect = commands.add_parser("inspect", help="print the manifest and decoded samples")
-    inspect.add_argument("directory", help="directory of token shards")
+    inspect = commands.add_parser("inspect", help="print the manifest and decoded samples, or codes")
+    inspect.add_argument("directory", help="directory of token shards or of codes")
     inspect.add_argument("--split", default="train")
     inspect.add_argument("--samples", type=int, default=2, help="samples to decode")
     inspect.set_defaults(run=_inspect)
 
-    stats = commands.add_parser("stats", help="lengths, bytes per token and packing loss of every split")
-    stats.add_argument("directory", help="directory of token shards")
+    stats = commands.add_parser(
+        "stats", help="lengths, bytes per token and packing loss of every split; use of every code"
+    )
+    stats.add_argument("directory", help="directory of token shards or of codes")
     stats.set_defaults(run=_stats)
     return parser
 

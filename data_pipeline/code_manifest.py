@@ -16,6 +16,7 @@ from rqvae.config import StrictModel
 CODE_FORMAT = "rqvae-code-shards"
 CODE_FORMAT_VERSION = 2
 CODE_MANIFEST_NAME = "codes_manifest.json"
+LATENT_DTYPE = np.dtype("<f2")
 
 
 class CodeShardEntry(StrictModel):

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from data_pipeline.code_manifest import (
     CODE_MANIFEST_NAME,
+    LATENT_DTYPE,
     CodeLayout,
     CodeManifest,
     CodeShardEntry,
@@ -39,8 +40,6 @@ from data_pipeline.manifest import SPLITS, load_manifest, read_json
 from data_pipeline.shard_reader import ShardReader, read_rows
 from data_pipeline.shards import Group, tar_path, write_tar
 from rqvae.config import StrictModel
-
-LATENT_DTYPE = np.dtype("<f2")
 
 
 class _Record(StrictModel):

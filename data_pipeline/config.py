@@ -31,6 +31,8 @@ class _RowSource(StrictModel):
     """Column or key that holds the document id, which decides the split and the phase."""
     min_characters: int = Field(default=1, ge=1)
     """Shorter documents are left out."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """Longer documents are left out; null keeps all."""
     languages: tuple[str, ...] | None = None
     """Keep documents whose `language` is one of these; null keeps all."""
     min_language_score: float = Field(default=0.0, ge=0, le=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -107,15 +108,22 @@ class _Rows:
     ) -> None:
         self._config = config
         self._fractions = fractions
-        self.columns = [config.text_field, config.id_field]
+        self._filters = dict[str, str]()  # column, and the setting that needs it
         if config.languages is not None:
-            self.columns.append("language")
+            self._filters["language"] = "languages"
         if config.min_language_score > 0:
-            self.columns.append("language_score")
+            self._filters["language_score"] = "min_language_score"
+        self.columns = [config.text_field, config.id_field, *self._filters]
 
     def document(self, row: dict[str, Any], place: str) -> Document | None:
         """The document in a row, None if it is filtered out. The hash of the text stands in for no id."""
         config = self._config
+        for column, setting in self._filters.items():
+            if column not in row:
+                raise SourceError(
+                    f"{place}: no {column!r}, which source.{setting} filters by; it has {', '.join(map(str, row))}. "
+                    f"Remove source.{setting}, or give the rows that column"
+                )
         text = row.get(config.text_field)
         if not isinstance(text, str):
             raise SourceError(
@@ -126,7 +134,7 @@ class _Rows:
             text = text.encode(
                 "utf-8", "replace"
             ).decode()  # lone surrogates, which JSON can spell, are no text
-        if len(text) < config.min_characters:
+        if not config.min_characters <= len(text) <= (config.max_characters or math.inf):
             return None
         if config.languages is not None and row.get("language") not in config.languages:
             return None

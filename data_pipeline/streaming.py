@@ -256,7 +256,7 @@ class StreamLoader:
             )
         )
         self._ready: deque[Batch] = deque()
-        self._failure: DatasetError | None = None
+        self._failure: Exception | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self
@@ -272,9 +272,15 @@ class StreamLoader:
     def _next_steps(self) -> list[Batch]:
         parts: list[Batch] = []
         while len(parts) < max(self._workers, 1):  # the workers take turns, in order
-            part = self._failure or next(self._batches)
+            if self._failure is not None:  # again and again: no step is ever skipped, no part of one kept
+                raise self._failure
+            try:
+                part = next(self._batches)
+            except Exception as error:  # of a worker process, with its traceback
+                self._failure = error
+                raise
             if isinstance(part, DatasetError):
-                self._failure = part  # again and again: no step is ever skipped
+                self._failure = part
                 raise part
             parts.append(part)
         # The workers' parts lie side by side in the batch of a step.

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.code_manifest import CODE_MANIFEST_NAME, load_code_manifest
+from data_pipeline.code_manifest import (
+    CODE_MANIFEST_NAME,
+    LATENT_DTYPE,
+    CodeLayout,
+    CodeShardEntry,
+    load_code_manifest,
+)
 from data_pipeline.dataset import TOKEN_ARRAYS
 from data_pipeline.errors import DatasetError
 from data_pipeline.files import sha256_file
@@ -28,18 +34,7 @@ def verify(directory: str | Path) -> list[str]:
     root = Path(directory)
     damage: list[str] = []
     if (root / CODE_MANIFEST_NAME).is_file():
-        codes = load_code_manifest(root)
-        entries = [(root / split, shard) for split, shards in codes.splits.items() for shard in shards]
-        with Progress(len(entries), "verifying", unit="shards") as progress:
-            for folder, shard in entries:
-                found = list(_hash_damage(folder, shard.name, shard.sha256, shard.index_sha256))
-                if found:
-                    found += _unreadable(
-                        folder, shard.name, codes.layout.arrays, shard.samples, shard.file_bytes
-                    )
-                damage += found
-                progress.update()
-        return damage
+        return _verify_codes(root)
     manifest = load_manifest(root)
     damage += _tokenizer_damage(root, manifest)
     tokens = [(root / split, shard) for split, entry in manifest.splits.items() for shard in entry.shards]
@@ -59,10 +54,49 @@ def verify(directory: str | Path) -> list[str]:
             for e in manifest.splits[split].shards
             for path in (tar_path, index_path)
         }
-        folder = root / split
-        strangers = sorted(set(folder.iterdir()) - listed) if folder.is_dir() else []
-        damage += [f"{path}: not in the manifest" for path in strangers]
+        damage += _strangers(root / split, listed)
     return damage
+
+
+def _strangers(folder: Path, listed: set[Path]) -> list[str]:
+    found = sorted(set(folder.iterdir()) - listed) if folder.is_dir() else []
+    return [f"{path}: not in the manifest" for path in found]
+
+
+def _verify_codes(root: Path) -> list[str]:
+    manifest, damage = load_code_manifest(root), []
+    entries = [(root / split, shard) for split, shards in manifest.splits.items() for shard in shards]
+    with Progress(len(entries), "verifying", unit="shards") as progress:
+        for folder, shard in entries:
+            found = list(_hash_damage(folder, shard.name, shard.sha256, shard.index_sha256))
+            if found:
+                found += _unreadable(
+                    folder, shard.name, manifest.layout.arrays, shard.samples, shard.file_bytes
+                )
+            else:
+                found += _code_damage(folder, shard, manifest.layout)
+            damage += found
+            progress.update()
+    for split, shards in manifest.splits.items():
+        folder = root / split
+        paths = (tar_path, index_path, lambda folder, name: folder / f"{name}.done.json")
+        damage += _strangers(folder, {path(folder, shard.name) for shard in shards for path in paths})
+    return damage
+
+
+def _code_damage(folder: Path, shard: CodeShardEntry, layout: CodeLayout) -> Iterator[str]:
+    """Counts of a shard whose bytes are sound, and the ranges of its codes and latents."""
+    reader = ShardReader(folder, shard.name, layout.arrays, shard.samples, shard.file_bytes)
+    for sample in range(shard.samples):
+        codes = np.frombuffer(reader.read("codes", [sample])[0], dtype=layout.dtype)
+        is_sound = len(codes) == layout.shape[0] * layout.shape[1]
+        is_sound = is_sound and bool((codes.reshape(layout.shape) < np.array(layout.codebook_sizes)).all())
+        if layout.latent_dim is not None:
+            latents = np.frombuffer(reader.read("latents", [sample])[0], dtype=LATENT_DTYPE)
+            is_sound = is_sound and len(latents) == layout.shape[0] * layout.latent_dim
+            is_sound = is_sound and bool(np.isfinite(latents).all())
+        if not is_sound:
+            yield f"{tar_path(folder, shard.name)}: sample {sample} breaks the rules of the format"
 
 
 def _tokenizer_damage(root: Path, manifest: Manifest) -> Iterator[str]:

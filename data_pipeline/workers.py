@@ -61,7 +61,10 @@ def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
         parent_lives,
         held,
         ProcessPoolExecutor(
-            num_workers, mp_context=context, initializer=_begin, initargs=(parent_lives,)
+            num_workers,
+            mp_context=context,
+            initializer=_begin,
+            initargs=(parent_lives, max(1, len(os.sched_getaffinity(0)) // num_workers)),
         ) as pool,
     ):
         try:
@@ -76,9 +79,10 @@ def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _begin(parent_lives: Connection) -> None:
-    # the items are worked on side by side, so each process needs one core only
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def _begin(parent_lives: Connection, num_threads: int) -> None:
+    # the items are worked on side by side: each process tokenizes on its share of the cores
+    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
     threading.Thread(target=_end_with_parent, args=(parent_lives,), daemon=True).start()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rqvae import persistence
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
-from rqvae.layers import HeadOutput, LinearHead
+from rqvae.layers import HeadOutput, LinearHead, is_alone_at_the_top
 from rqvae.sampling import ChooseCodes
 
 
@@ -313,7 +313,8 @@ def _soft_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, targets
     log_probabilities = logits.float().log_softmax(-1)
     losses = -(targets.flatten(0, -2).float() * log_probabilities).sum(-1)
     with torch.no_grad():
-        label_logits = log_probabilities.gather(1, labels[:, None]).squeeze(1)
-        nats = (-label_logits).masked_fill(weights == 0, 0.0)
-        correct = log_probabilities.amax(1) == label_logits
+        label_logits = log_probabilities.gather(1, labels[:, None])
+        nats = (-label_logits).squeeze(1).masked_fill(weights == 0, 0.0)
+        # A copy: the graph holds the log-probabilities.
+        correct = is_alone_at_the_top(log_probabilities.clone(), labels[:, None], label_logits)
     return HeadOutput(torch.dot(losses, weights.float()), nats, correct)

@@ -17,6 +17,8 @@ from data_pipeline import (
     finish_codes,
     write_code_shard,
 )
+from data_pipeline.__main__ import main
+from data_pipeline.code_manifest import CODE_MANIFEST_NAME, load_code_manifest
 from data_pipeline.errors import (
     CodecMismatchError,
     CorruptShardError,
@@ -25,6 +27,8 @@ from data_pipeline.errors import (
     MissingShardError,
     NotADatasetError,
 )
+from data_pipeline.files import write_json
+from data_pipeline.verification import verify
 
 SIZES = (16, 300)
 CODEC = "c0dec"
@@ -175,6 +179,59 @@ def test_damage_is_named(built: Path, codes: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(MissingShardError, match="codes-000001"):
         CodeDataset(TokenDataset(built, "train"), directory)
+
+
+def test_verify_looks_at_every_code_and_every_file(
+    built: Path, codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = Path(shutil.copytree(codes, tmp_path / "copy"))
+    assert verify(directory) == []
+    # Sound bytes, by their hashes, of a code that its codebook does not have.
+    manifest = load_code_manifest(directory)
+    layout = manifest.layout.model_copy(update={"codebook_sizes": (16, 290)})
+    narrower = manifest.model_copy(update={"layout": layout})
+    narrower = narrower.model_copy(update={"fingerprint": narrower.compute_fingerprint()})
+    write_json(directory / CODE_MANIFEST_NAME, narrower.model_dump(mode="json"))
+    expected = [
+        sample
+        for sample in range(len(TokenDataset(built, "train")))
+        if codes_of(range(sample, sample + 1))[..., 1].max() >= 290
+    ]
+    found = [line for line in verify(directory) if "train/" in line]
+    assert expected and len(found) == len(expected)
+    assert "codes-000000.tar: sample " in found[0] and found[0].endswith("breaks the rules of the format")
+
+    shutil.copy(codes / CODE_MANIFEST_NAME, directory)
+    stranger = directory / "train" / "codes-000099.tar"
+    stranger.write_bytes(b"")
+    assert verify(directory) == [f"{stranger}: not in the manifest"]
+    stranger.unlink()
+    path = directory / "train/codes-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[data.index(codes_of(range(205, 206)).astype("<u2").tobytes())] ^= 1
+    path.write_bytes(data)
+    assert main(["verify", str(directory)]) == 1
+    told = capsys.readouterr().out
+    assert "damaged, swapped or cut (sha256)" in told and "1 of 200 samples cannot be read: 5" in told
+
+
+def test_inspect_and_stats_read_codes(codes: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(codes), "--samples", "1"]) == 0
+    told = capsys.readouterr().out
+    first = " ".join(f"[{a} {b}]" for a, b in codes_of(range(1))[0])
+    assert CODEC in told and f"--- train sample 0, a latent in brackets\n{first}\n" in told
+    assert main(["inspect", str(codes), "--split", "tset"]) == 1
+    assert "there are: train, validation, test" in capsys.readouterr().err
+    assert main(["stats", str(codes)]) == 0
+    told = capsys.readouterr().out
+    samples = len(TokenDataset(built, "train"))
+    bits = (np.log2(16) + np.log2(300)) / 4
+    assert f"train: {samples:,} samples, {8 * samples:,} latents of K=4" in told
+    assert f"at most {bits:.3f} bits per token" in told
+    counts = np.bincount(codes_of(range(samples))[..., 1].ravel(), minlength=300)
+    shares = counts[counts > 0] / counts.sum()
+    perplexity = np.exp(-(shares * np.log(shares)).sum())
+    assert f"level  2       {len(shares)} of 300 codes used, perplexity {perplexity:,.1f}\n" in told
 
 
 def test_large_codebooks_take_32_bits(built: Path, tmp_path: Path) -> None:

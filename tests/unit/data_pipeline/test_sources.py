@@ -9,6 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
@@ -60,6 +61,28 @@ def test_filters(parquet: Path) -> None:
     assert [d.text for d in read(base | {"languages": ["en"]})] == ["one two", "x", "four five"]
     assert [d.text for d in read(base | {"min_language_score": 0.8})] == ["one two", "deux", "x"]
     assert [d.text for d in read(base | {"min_characters": 4})] == ["one two", "deux", "four five"]
+    assert [d.text for d in read(base | {"min_characters": 4, "max_characters": 7})] == ["one two", "deux"]
+
+
+@pytest.mark.parametrize("filters", [{"languages": ["en"]}, {"min_language_score": 0.5}])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_a_filter_on_a_column_that_is_not_there_is_an_error(
+    kind: str, filters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All documents would be left out otherwise, without a word."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    if kind == "jsonl":
+        (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"text": "one two", "id": "1"}) + "\n")
+        source = {"kind": kind, "paths": str(tmp_path / "data" / "a.jsonl")}
+    else:
+        pq.write_table(pa.table({"text": ["one two"], "id": ["1"]}), tmp_path / "data" / "a.parquet")
+        source = {"kind": kind, "paths": str(tmp_path / "data" / "a.parquet")}
+        if kind == "hub":
+            source = {"kind": kind, "path": str(tmp_path / "data"), "name": None}
+    assert len(read(source)) == 1
+    with pytest.raises(SourceError, match="language"):
+        read(source | filters)
 
 
 def test_parquet_behind_a_url(parquet: Path) -> None:

@@ -165,6 +165,22 @@ def test_any_fsspec_url(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store.rm("/tokens", recursive=True)
 
 
+def test_after_any_error_the_parts_of_a_step_are_never_mixed_up(built: Path) -> None:
+    """The disk fails after the first of two workers' parts, once; going on would join parts of two steps."""
+    with StreamLoader(str(built), global_batch_size=8, streams=4, num_workers=2) as loader:
+        sound = loader._batches
+
+        def failing() -> Iterator[Any]:
+            yield next(sound)
+            raise OSError("Input/output error")
+
+        loader._batches = failing()
+        for _ in range(3):
+            with pytest.raises(OSError, match="Input/output error"):
+                next(loader)
+            loader._batches = sound
+
+
 def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 4

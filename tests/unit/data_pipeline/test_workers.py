@@ -65,6 +65,19 @@ def test_results_keep_the_order_of_the_items() -> None:
     assert map_in_processes(half_or_fail, range(7), 2) == [number / 2 for number in range(7)]
 
 
+def tokenizing_threads(_: int) -> tuple[str, str]:
+    time.sleep(0.2)
+    return os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"]
+
+
+def test_few_items_share_all_cores() -> None:
+    """Half of a machine would idle, or be fought over, otherwise."""
+    cores = len(os.sched_getaffinity(0))
+    assert map_in_processes(tokenizing_threads, [0], 4) == [(str(cores), "true" if cores > 1 else "false")]
+    many = map_in_processes(tokenizing_threads, range(cores), cores)
+    assert many == [("1", "false")] * cores
+
+
 def test_errors_stop_the_others() -> None:
     with pytest.raises(ValueError, match="-1 is negative"):
         map_in_processes(half_or_fail, [1, -1, *range(50)], 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rqvae import FlatTransformer, LatentModel, RQTransformer, RQTransformerConfig, load_latent_model
 from rqvae.latent_model import RQTransformerOutput
-from rqvae.layers import causal_document_mask
+from rqvae.layers import LinearHead, causal_document_mask, is_alone_at_the_top
 
 Make = Callable[..., Any]
 SIZES = (16, 8, 4)
@@ -308,6 +308,19 @@ def test_a_shared_head_is_one_matrix(make_latent_model: Make) -> None:
             name for name in heads if not name.endswith("heads.0.weight")
         }
         assert len(heads) == 3
+
+
+def test_a_tie_is_not_counted_as_right() -> None:
+    """In bf16 many logits are equal; a model that says the same of all codes is right about none."""
+    logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 2.0, 0.0], [-torch.inf, 0.0, -torch.inf]])
+    labels, before = torch.tensor([[0], [1], [1]]), logits.clone()
+    assert is_alone_at_the_top(logits, labels, logits.gather(1, labels)).tolist() == [False, True, True]
+    assert torch.equal(logits, before)
+    head = LinearHead(8, 11)
+    torch.nn.init.zeros_(head.weight)
+    out = head(torch.randn(5, 8), torch.arange(5))
+    assert not out.correct.any()
+    assert out.nats.tolist() == pytest.approx([math.log(11)] * 5)
 
 
 def test_soft_targets_change_the_loss_and_nothing_else(model: LatentModel) -> None:
