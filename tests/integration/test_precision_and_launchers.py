@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from rqvae import RQVAE
 from tests.integration.conftest import NANO, launcher, run
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,34 @@ def test_launchers_and_zero_stages_give_the_same_losses(tmp_path: Path, nano_dat
     expected = losses(tmp_path, "deepspeed")
     assert losses(tmp_path, "alone") == pytest.approx(expected, rel=1e-5)
     assert losses(tmp_path, "stage1") == pytest.approx(expected, rel=1e-5)
+
+
+def test_not_a_bit_of_a_frozen_backbone_moves(tmp_path: Path, nano_data: list[str]) -> None:
+    """After one step and after six, with gradients through it, under ZeRO-3 on two ranks; all else has moved."""
+    states = []
+    for steps in (1, 6):
+        more = [
+            f"train.steps={steps}", f"stages.rqvae.frozen_steps={steps}", "stages.rqvae.switch_warmup_steps=0",
+            "train.warmup_steps=0", "stages.rqvae.quantizer_warmup_steps=1", "train.schedule=constant",
+        ]  # fmt: skip
+        name = f"frozen{steps}"
+        for command in (
+            [*launcher(2), *settings(tmp_path, name, nano_data, *more)],
+            [sys.executable, "launch/convert_checkpoint.py", str(tmp_path / name / "rqvae"),
+             str(tmp_path / name / "model"), "--to", "safetensors"],
+        ):  # fmt: skip
+            result = run(command)
+            assert result.returncode == 0, result.stdout + result.stderr
+        states.append(RQVAE.from_pretrained(tmp_path / name / "model"))
+    first, last = states
+    frozen = {id(parameter) for parameter in first.backbone_parameters()}
+    moved = dict(last.named_parameters())
+    kept = 0
+    for parameter_name, parameter in first.named_parameters():
+        is_same = torch.equal(parameter, moved[parameter_name])
+        assert is_same == (id(parameter) in frozen), parameter_name
+        kept += is_same
+    assert 10 < kept < len(moved)
 
 
 def test_bf16_under_zero_3(tmp_path: Path, nano_data: list[str]) -> None:

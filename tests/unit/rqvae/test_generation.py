@@ -225,6 +225,37 @@ def test_other_shapes_of_codec(
     assert out.token_ids == codec.decode(codes)[:, 2 * factor :].argmax(-1).tolist()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": {"decoder": "none"}},
+        {"backbone": {"shared": True}},
+        {"quantizer": {"method": "fsq", "fsq_levels": (4, 4)}, "codebook_dim": 2},
+        {"encoder_context": "chunk"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("block", [1, 3])
+def test_other_kinds_of_codec(
+    make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast, tokens: Make,
+    changes: dict[str, Any], block: int,
+) -> None:  # fmt: skip
+    """Streamed in blocks or at the end, the text is that of one pass of the decoder over all codes."""
+    codec = make_codec(**changes)
+    latent_model = make_latent_model(
+        codebook_levels=codec.config.codebook_levels, codebook_size=codec.config.codebook_size
+    )
+    prompt = tokens(11, seed=4)
+    generator = LatentGenerator(codec, latent_model, tokenizer)
+    out = generator.generate_tokens(
+        [prompt.tolist()], 20, stop_at_end_of_text=False, **block_of(generator, block)
+    )
+    padded, mask = F.pad(prompt, (1, 0))[None], torch.tensor([[0, *[1] * 11]])
+    codes = torch.cat([codec.encode(padded, mask), out.codes], dim=1)
+    documents = torch.ones(codes.shape[:2], dtype=torch.long)
+    assert out.token_ids == codec.decode(codes, documents)[:, 12:32].argmax(-1).tolist()
+
+
 def test_a_tokenizer_without_end_of_text(
     generator: LatentGenerator, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
