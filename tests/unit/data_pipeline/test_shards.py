@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,11 +117,13 @@ def test_members_reach_the_size_that_object_stores_like() -> None:
     assert samples_per_member(16384, 8192) == 1
 
 
-def webdataset_rows(directory: Path, split: str, num_workers: int) -> tuple[list[bytes], int]:
+def webdataset_rows(
+    directory: Path, split: str, num_workers: int, nodesplitter: Any = None
+) -> tuple[list[bytes], int]:
     """All token rows of a split, as the stock library reads them, and the real tokens they hold."""
     urls = sorted(str(path) for path in (directory / split).glob("*.tar"))
     dataset = webdataset.WebDataset(
-        urls, shardshuffle=False, workersplitter=webdataset.split_by_worker, nodesplitter=None
+        urls, shardshuffle=False, workersplitter=webdataset.split_by_worker, nodesplitter=nodesplitter
     ).decode()
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=num_workers)
     rows, real_tokens = [], 0
@@ -140,3 +143,20 @@ def test_stock_webdataset_reads_the_same_samples(built: Path, num_workers: int) 
     assert real_tokens == dataset.num_real_tokens
     if num_workers == 0:
         assert rows == [row.tobytes() for row in ours]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stock_webdataset_shares_the_shards_out_over_nodes(
+    built: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = TokenDataset(built, "train")
+    assert len(dataset.shards) >= 4  # one at least for every worker of both
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(webdataset_rows(built, "train", num_workers, webdataset.split_by_node))
+    assert all(rows for rows, _ in parts)
+    ours = dataset.read(range(len(dataset)))["input_ids"].numpy().astype("<u2")
+    assert sorted(parts[0][0] + parts[1][0]) == sorted(row.tobytes() for row in ours)
+    assert parts[0][1] + parts[1][1] == dataset.num_real_tokens

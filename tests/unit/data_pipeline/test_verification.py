@@ -9,6 +9,8 @@ import torch
 
 from data_pipeline import TokenDataset, verify
 from data_pipeline.errors import CorruptShardError, DatasetError, NotADatasetError
+from data_pipeline.files import write_json
+from data_pipeline.manifest import load_manifest
 
 
 def test_a_sound_directory_has_no_damage(built: Path) -> None:
@@ -100,6 +102,36 @@ def test_the_damaged_sample_is_named(built: Path, copy: Path) -> None:
     path = copy / "train/shard-000001.tar"
     path.write_bytes(path.read_bytes().replace(row, row[::-1], 1))
     assert any(line == f"{path}: 1 of 200 samples cannot be read: 7" for line in verify(copy))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 20}, "breaks the rules of the format"),  # a token of no vocabulary
+        ({"document_grid": 7}, "breaks the rules of the format"),  # documents off the grid
+        ({"sample_length": 31}, "breaks the rules of the format"),
+        ({"tokens": 1}, "tokens of"),
+        ({"bytes": -1}, "bytes where the manifest says"),
+    ],
+    ids=str,
+)
+def test_shards_of_sound_bytes_that_are_not_what_the_manifest_says(
+    copy: Path, changes: dict[str, int], message: str
+) -> None:
+    """As a build with a mistake in it would leave them: every hash is right, and what they hold is not."""
+    manifest = load_manifest(copy)
+    split = manifest.splits["validation"]
+    more = {"real_tokens": changes.pop("tokens", 0), "bytes": changes.pop("bytes", 0)}
+    first = split.shards[0]
+    first = first.model_copy(update={name: getattr(first, name) + by for name, by in more.items()})
+    total = {name: getattr(split, name) + by for name, by in more.items()}
+    split = split.model_copy(update={"shards": (first, *split.shards[1:]), **total})
+    forged = manifest.model_copy(update={"splits": {**manifest.splits, "validation": split}, **changes})
+    forged = forged.model_copy(update={"fingerprint": forged.compute_fingerprint()})
+    write_json(copy / "manifest.json", forged.model_dump(mode="json"))
+    found = [line for line in verify(copy) if "validation" in line]
+    assert found and message in found[0], found
+    assert str(copy / "validation/shard-000000.tar") in found[0]
 
 
 def test_without_a_manifest_there_is_nothing_to_check_against(tmp_path: Path) -> None:
