@@ -175,6 +175,12 @@ class BuildJob:
             ]
             splits[split] = SplitEntry.of(_move_shards(entries, self.directory / split))
         description, content_hash = self.documents.content()
+        # Shards are in the order of the parts: how many each gave tells which part a shard is from.
+        parts = [
+            {"name": name, "shards": {split: len(record[split]) for split in SPLITS}}
+            for name, record in zip(units, records, strict=True)
+        ]
+        description = {**description, "parts": parts}
         manifest = Manifest.create(
             sample_length=self.config.sample_length,
             document_grid=self.config.document_grid,

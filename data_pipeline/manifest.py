@@ -65,7 +65,8 @@ class SourceEntry(StrictModel):
     """Where the text came from."""
 
     description: dict[str, Any]
-    """What was read: files or distributions with their versions, and what was left out."""
+    """What was read: files or distributions with their versions, what was left out, and `parts` of the source in the
+    order of the shards, each with how many shards of every split it gave."""
     content_hash: str
     """Hash of the documents, or of the files they were read from."""
     identity: str

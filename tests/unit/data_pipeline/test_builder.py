@@ -162,6 +162,28 @@ def test_document_numbers_are_unique_over_the_files(uninterrupted: dict[str, byt
     assert len(numbers) == dataset.num_documents
 
 
+def test_the_manifest_tells_which_part_a_shard_is_from(
+    several: Callable[[Path], DataConfig], tmp_path: Path
+) -> None:
+    manifest = build(several(tmp_path / "tokens"), num_workers=1)
+    parts, first, longest = manifest.source.description["parts"], 0, 0
+    dataset, tokenizer = TokenDataset(tmp_path / "tokens", "train"), load_tokenizer(tmp_path / "tokens")
+    assert len(parts) == 5
+    for part in parts:
+        texts = " ".join(json.loads(line)["text"] for line in Path(part["name"]).read_text().splitlines())
+        for shard in range(first, first + part["shards"]["train"]):
+            batch = dataset.read(dataset.shard_range(shard)[:3])
+            for number in range(1, int(batch["document_ids"].max()) + 1):
+                for row in range(len(batch["input_ids"])):
+                    ids = batch["input_ids"][row][batch["document_ids"][row] == number]
+                    # Characters may be cut in two.
+                    text = tokenizer.decode(ids, skip_special_tokens=True).strip("\ufffd")
+                    assert text in texts
+                    longest = max(longest, len(text))
+        first += part["shards"]["train"]
+    assert first == len(dataset.shards) and longest > 50
+
+
 _FILE_EVENTS = frozenset(
     {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 )
