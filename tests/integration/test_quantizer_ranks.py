@@ -27,6 +27,9 @@ CONFIG = QuantizerConfig(ema_decay=0.8, dead_code_interval=3, threshold_ema_dead
 SHARED = "one_codebook_for_all_levels"
 """Run as `every_rank_has_data`, with a shared codebook."""
 
+BEAM = "codes_searched_with_a_beam"
+"""Run as `every_rank_has_data`, with codes that the nearest entry of a level does not decide alone."""
+
 Script = Callable[[int, int], tuple[Tensor, Tensor]]
 """Maps (rank, step) to latents [B, S, E] and mask [B, S]; step 0 is the k-means initialisation."""
 
@@ -63,12 +66,11 @@ SCRIPTS: dict[str, Script] = {
 }
 
 
-def learn(
-    play: Callable[[int], list[tuple[Tensor, Tensor]]], rank: int = 0, is_shared: bool = False
-) -> dict[str, Tensor]:
+def learn(play: Callable[[int], list[tuple[Tensor, Tensor]]], rank: int, name: str) -> dict[str, Tensor]:
     """Initialise and take all steps on the micro-batches of `play`: the buffers, and the re-seeded codes by step."""
     torch.manual_seed(0)
-    config = CONFIG.model_copy(update={"shared_codebook": is_shared})
+    is_shared = name == SHARED
+    config = CONFIG.model_copy(update={"shared_codebook": is_shared, "beam_width": 4 if name == BEAM else 1})
     quantizer = ResidualQuantizer(SIZES[:1] * 3 if is_shared else SIZES, DIM, config).train()
     # From here on the global random state is a rank's own business and must not matter.
     torch.manual_seed(rank)
@@ -91,7 +93,7 @@ def run_rank(rank: int, world_size: int, directory: str) -> None:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
-    scripts = {**SCRIPTS, SHARED: every_rank_has_data, UNEVEN_ROUNDING: every_rank_has_data}
+    scripts = SCRIPTS | dict.fromkeys((SHARED, BEAM, UNEVEN_ROUNDING), every_rank_has_data)
     for name, script in scripts.items():
         if name == UNEVEN_ROUNDING:
             codebook.kmeans = lambda *args: kmeans(*args) * (1 + 1e-5 * rank)
@@ -100,7 +102,7 @@ def run_rank(rank: int, world_size: int, directory: str) -> None:
             latents, mask = script(rank, step)
             return list(zip(latents.split(1), mask.split(1), strict=True))
 
-        learnt = learn(micro_batches, rank, name == SHARED)
+        learnt = learn(micro_batches, rank, name)
         save_file(learnt, f"{directory}/{name}-{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -123,7 +125,7 @@ def ranks(
     return read
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, SHARED, UNEVEN_ROUNDING])
+@pytest.mark.parametrize("name", [*SCRIPTS, SHARED, BEAM, UNEVEN_ROUNDING])
 def test_all_ranks_hold_the_same_bits(ranks: Callable[[str], list[dict[str, Tensor]]], name: str) -> None:
     first, *others = ranks(name)
     for other in others:
@@ -131,13 +133,13 @@ def test_all_ranks_hold_the_same_bits(ranks: Callable[[str], list[dict[str, Tens
             assert torch.equal(other[key], expected), key
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, SHARED])
+@pytest.mark.parametrize("name", [*SCRIPTS, SHARED, BEAM])
 def test_ranks_learn_what_one_process_learns_from_the_joined_batch(
     ranks: Callable[[str], list[dict[str, Tensor]]], name: str
 ) -> None:
     buffers = ranks(name)
-    script, is_shared = SCRIPTS.get(name, every_rank_has_data), name == SHARED
-    joined = learn(lambda step: [script(rank, step) for rank in range(len(buffers))], is_shared=is_shared)
+    script = SCRIPTS.get(name, every_rank_has_data)
+    joined = learn(lambda step: [script(rank, step) for rank in range(len(buffers))], 0, name)
     for key, expected in joined.items():
         actual = buffers[0][key]
         if key.startswith("initial."):
@@ -145,7 +147,7 @@ def test_ranks_learn_what_one_process_learns_from_the_joined_batch(
         else:
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=key)
     # Each rank has something to tell: alone, it would have learnt something else.
-    alone = learn(lambda step: [script(0, step)], is_shared=is_shared)
+    alone = learn(lambda step: [script(0, step)], 0, name)
     for key in ("initial.levels.0.codebook", "levels.0.codebook"):
         same = torch.allclose(alone[key], joined[key], atol=1e-2)
         assert same == (name == "rank_one_has_padding_only" and len(buffers) == 2 and key[0] == "i"), key
@@ -157,6 +159,9 @@ def test_codes_died_and_were_reseeded(ranks: Callable[[str], list[dict[str, Tens
     assert (replaced.sum(0) > 0).sum() >= 2
     assert (replaced[[0, 1, 3, 4]] == 0).all()
     assert ranks(SHARED)[0]["replaced"].sum() > 0
+    # The beam has found other codes, so other averages.
+    greedy, beam = (ranks(name)[0]["levels.1.codebook"] for name in ("every_rank_has_data", BEAM))
+    assert not torch.allclose(greedy, beam, atol=1e-2)
     with_padding = ranks("rank_one_has_padding_only")[0]["replaced"]
     assert with_padding.sum() > 0
     without_data = ranks("no_rank_has_data_after_the_start")[0]

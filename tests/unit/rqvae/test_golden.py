@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from rqvae import RQVAE, FlatTransformer, LatentGenerator, RQTransformer, latent_bound
+from rqvae import RQVAE, FlatTransformer, LatentGenerator, RQTransformer, create_codec, latent_bound
 from rqvae.encoder import chunk_documents
 
 Make = Callable[..., Any]
@@ -57,7 +57,9 @@ def smallest_margin(codec: RQVAE, ids: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def actual(make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def actual(
+    make_codec: Make, make_codec_config: Make, make_latent_model: Make, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
     codec: RQVAE = make_codec()
     rq_transformer, flat = make_latent_model(RQTransformer), make_latent_model(FlatTransformer)
     for model in (codec, rq_transformer, flat):
@@ -73,7 +75,26 @@ def actual(make_codec: Make, make_latent_model: Make, tokenizer: PreTrainedToken
         prompts, 16, stop_at_end_of_text=False
     )
     codes = codec.encode(ids)
+    anchor = create_codec(make_codec_config(model="anchor", codebook_levels=2, codebook_size=None))
+    anchor = anchor.double().eval()
+    on_anchors = make_latent_model(
+        RQTransformer,
+        codebook_levels=2,
+        codebook_size=98,
+        depth_input="code",
+        embedding="shared",
+        head="shared",
+    )
+    for model in (anchor, on_anchors):
+        set_weights(model)
+    anchor_bound = latent_bound(anchor, on_anchors, ids, documents)
+    by_anchors = LatentGenerator(anchor, on_anchors, tokenizer).generate_tokens(
+        prompts, 16, stop_at_end_of_text=False
+    )
     return {
+        "anchor_token_nats": anchor_bound.token_nats.tolist(),
+        "anchor_code_nats": anchor_bound.code_nats.tolist(),
+        "anchor_generated_ids": by_anchors.token_ids,
         "codes": codes.tolist(),
         "smallest_margin": smallest_margin(codec, ids),
         "packed_codes": bound.codes[chunk_documents(documents, 4) > 0].tolist(),
@@ -114,3 +135,5 @@ def test_the_stored_outputs_are_not_trivial(actual: dict[str, Any]) -> None:
     assert codes.unique(dim=0).shape[0] >= 12
     assert torch.tensor(actual["generated_codes"]).flatten(0, 1).unique(dim=0).shape[0] >= 4
     assert torch.tensor(actual["logits"]).std() > 0.1
+    assert torch.tensor(actual["anchor_generated_ids"]).unique().numel() >= 4
+    assert torch.tensor(actual["anchor_token_nats"]).std() > 0.1
