@@ -9,4 +9,7 @@ if [[ ! -e $site ]]; then
 fi
 # shellcheck source=slurm/site.example.sh
 source "$site"
+# Safe path: `python -m` takes modules from the working directory first otherwise, which is where a job was submitted,
+# and the files there may have changed since.
+export PYTHONSAFEPATH=1
 export PYTHONPATH=$RQVAE_CODE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
