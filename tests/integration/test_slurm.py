@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import run_status
 from slurm import history
@@ -285,3 +286,34 @@ def test_pipeline_to_the_report(cluster: Cluster, nano_corpus: Path) -> None:
     project = cluster.directory / "pipeline"
     assert cluster.wait(jobs_of(project)["report"], 3600) == "COMPLETED"
     assert (project / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_sweep_as_an_array_and_its_table(cluster: Cluster, nano_data: list[str]) -> None:
+    """Two tasks with a trial each, which share data and base LM: one makes them while the other waits."""
+    tokens = {"codec": {"model": "identity", "codebook_levels": None, "codebook_size": None}}
+    content = {
+        "name": "array",
+        "question": "Which?",
+        "base": str(NANO),
+        "measure": ["evaluate"],
+        "trials": {
+            "ar": {"stages": ["base_lm"]},
+            "tokens": {"overrides": {**tokens, "latent_model": {"depth_input": "code"}}},
+        },
+    }
+    sweep = cluster.directory / "array.yaml"
+    sweep.write_text(yaml.safe_dump(content))
+    options = ["--gpus=0", "--cpus-per-task=1"]
+    words = [f"run_root={cluster.directory}", "tracking.wandb=disabled", *nano_data]
+    script = ["slurm/experiments.sh", "--sweep", str(sweep)]
+    array = cluster.sbatch("--array=0-1", *options, *script, *words)
+    table = cluster.sbatch(f"--dependency=afterany:{array}", *options, *script, "--merge", *words)
+    assert cluster.wait(table, 1800) == "COMPLETED", cluster.log(table)
+    results = json.loads((cluster.directory / "sweeps/array/results.json").read_text())
+    assert [(trial["trial"], trial["state"]) for trial in results["trials"]] == [
+        ("ar", "finished"),
+        ("tokens", "finished"),
+    ]
+    assert results["trials"][1]["figures"]["bound"]["mean"] > 0
+    assert len(list((cluster.directory / "sweeps/shared").glob("base_lm-*"))) == 1

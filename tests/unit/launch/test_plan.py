@@ -19,9 +19,10 @@ def test_every_configuration_can_be_planned(path: Path, capsys: pytest.CaptureFi
     assert main(["--config", str(path), "--gpus", gpus]) in (0, 1)
     shown = capsys.readouterr().out
     assert "assumed: 312 TFLOP/s peak per GPU, MFU 0.35" in shown
-    # Anchors have nothing that is pretrained.
-    first = "full" if path.stem in ("tiny", "small") else "frozen"
-    assert f"rqvae, {first}: steps 0 to" in shown
+    # Anchors have nothing that is pretrained, tokens as codes nothing to train.
+    first = {"anchor": "rqvae, full", "rqvae": "rqvae, frozen", "identity": "rq_transformer, full"}
+    assert f"{first[load_config(path).codec.model]}: steps 0 to" in shown
+    assert ("rqvae, " in shown) == (load_config(path).codec.model != "identity")
 
 
 def test_phases_of_the_largest_size() -> None:
