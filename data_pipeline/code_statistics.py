@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data_pipeline.code_manifest import CodeManifest
 from data_pipeline.shard_reader import ShardReader
+from rqvae.codebook import compute_perplexity
 
 
 class LevelStatistics(NamedTuple):
@@ -54,9 +56,9 @@ def level_statistics(directory: str | Path, manifest: CodeManifest, split: str) 
     for codes in read_codes(directory, manifest, split):
         for level, size in enumerate(sizes):
             counts[level] += np.bincount(codes[:, level], minlength=size)
-    found = []
-    for size, counted in zip(sizes, counts, strict=True):
-        shares = counted[counted > 0] / max(1, counted.sum())
-        entropy = -(shares * np.log(shares)).sum()
-        found.append(LevelStatistics(size, len(shares), float(np.exp(entropy))))
-    return found
+    return [
+        LevelStatistics(
+            size, int((counted > 0).sum()), float(compute_perplexity(torch.from_numpy(counted).double()))
+        )
+        for size, counted in zip(sizes, counts, strict=True)
+    ]
