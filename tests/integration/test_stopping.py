@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,22 +95,6 @@ def test_launchers_are_refused_killed_and_stopped(tmp_path: Path, nano_data: lis
     last = run_status.read(directory)
     assert (last["state"], last["reason"]) == ("stopped", "SIGTERM")
     assert complete_steps(directory / "checkpoints")[-1] == last["step"] > status["step"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
-    """Mounts a disk of a given number of kB at a directory."""
-    mounted: list[Path] = []
-
-    def mount(directory: Path, size_kb: int) -> None:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", str(directory)]
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("needs the right to mount")
-        mounted.append(directory)
-
-    yield mount
-    for directory in mounted:
-        subprocess.run(["umount", str(directory)], check=True)
 
 
 def test_full_disk_at_a_checkpoint(

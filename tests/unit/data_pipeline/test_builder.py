@@ -7,8 +7,11 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from data_pipeline.builder import build_task, merge
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.errors import DatasetError, NotADatasetError, SourceError
+from data_pipeline.files import atomic_writer
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -296,6 +300,68 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert not list((tmp_path / "tokens").rglob("*.partial"))
     build(several(tmp_path / "tokens"), num_workers=1)
     assert content(tmp_path / "tokens") == uninterrupted
+
+
+def test_killed_with_its_workers_and_run_again_ends_in_the_same_bytes(
+    several: Callable[[Path], DataConfig], uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    def start(directory: Path) -> BaseProcess:
+        child = multiprocessing.get_context("fork").Process(
+            target=build, args=(several(directory),), kwargs={"num_workers": 2}
+        )
+        child.start()
+        return child
+
+    began = time.monotonic()
+    whole = start(tmp_path / "measured")
+    whole.join()
+    duration, generator = time.monotonic() - began, random.Random(11)
+    assert whole.exitcode == 0
+    for _ in range(4):
+        child = start(tmp_path / "tokens")
+        child.join(duration * generator.uniform(0.1, 0.9))  # workers start within the first part of it
+        child.kill()
+        child.join()
+        assert child.exitcode in (-signal.SIGKILL, 0)
+        assert_invisible_or_complete(tmp_path / "tokens", uninterrupted)
+    build(several(tmp_path / "tokens"), num_workers=2)
+    assert content(tmp_path / "tokens") == uninterrupted
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(
+    several: Callable[[Path], DataConfig],
+    uninterrupted: dict[str, bytes],
+    tmp_path: Path,
+    small_disk: Callable[[Path, int], None],
+) -> None:
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    small_disk(directory, sum(map(len, uninterrupted.values())) // 2 // 1024)
+    with pytest.raises(OSError, match="No space left on device"):
+        build(several(directory / "tokens"), num_workers=2)
+    assert_invisible_or_complete(directory / "tokens", uninterrupted)
+    assert not list(directory.rglob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(directory)], check=True)
+    build(several(directory / "tokens"), num_workers=2)
+    assert content(directory / "tokens") == uninterrupted
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def name_of(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").readlink().name
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(f"fsync {name_of(fd)}"), fsync(fd))[1])
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (done.append(f"rename to {Path(b).name}"), replace(a, b))[1]
+    )
+    with atomic_writer(tmp_path / "folder" / "shard.tar") as file:
+        file.write(b"samples")
+    assert done == [f"fsync .shard.tar.{os.getpid()}.partial", "rename to shard.tar", "fsync folder"]
 
 
 def test_a_record_without_its_shards_is_an_error_not_a_hole(

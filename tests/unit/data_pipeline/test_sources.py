@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline import build, verify
+from data_pipeline.builder import build_task, merge
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import SourceError
 from data_pipeline.source_files import hash_file
@@ -350,6 +352,58 @@ def test_the_hub_source_on_a_local_dataset_of_the_same_schema(
     assert [document.text for document in documents] == ["one two", "x", "four five"]
     config = DataConfig.model_validate({"directory": "d", "source": source})
     assert open_source(config).identity() == open_source(config).identity()
+
+
+def test_a_named_configuration_of_the_hub_is_built_in_tasks_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as FineWeb is: configurations named in the card, several files each, rows of one schema."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    root = tmp_path / "fineweb"
+    for name in ("sample-10BT", "CC-MAIN-2024-10"):
+        (root / name).mkdir(parents=True)
+        for part in range(3):
+            rows = FINEWEB | {"text": [f"{name} {part} {text}" for text in FINEWEB["text"]]}
+            rows["id"] = [f"<{name}-{part}-{row}>" for row in range(4)]
+            pq.write_table(pa.table(rows), root / name / f"{part:03}_00000.parquet")
+    (root / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample-10BT/*\n"
+        "- config_name: CC-MAIN-2024-10\n  data_files:\n  - split: train\n    path: CC-MAIN-2024-10/*\n"
+        "---\n"
+    )
+
+    def config(directory: str) -> DataConfig:
+        return DataConfig.model_validate(
+            {
+                "directory": str(tmp_path / directory),
+                "source": {"kind": "hub", "path": str(root), "name": "sample-10BT", "languages": ["en"]},
+                "tokenizer": {"kind": "bpe", "vocab_size": 280},
+                "sample_length": 16,
+                "document_grid": 4,
+                "validation_fraction": 0.0,
+                "test_fraction": 0.0,
+            }
+        )
+
+    source = open_source(config("tasks"))
+    assert len(source.units()) == 3
+    texts = [document.text for unit in range(3) for document in source.read(unit)]
+    english = [
+        text for text, language in zip(FINEWEB["text"], FINEWEB["language"], strict=True) if language == "en"
+    ]
+    assert texts == [f"sample-10BT {part} {text}" for part in range(3) for text in english]
+
+    build(config("whole"), num_workers=1)
+    for task in (2, 0, 1):
+        build_task(config("tasks"), task, 3)
+    merge(config("tasks"))
+    assert content(tmp_path / "tasks") == content(tmp_path / "whole")
+    assert verify(tmp_path / "tasks") == []
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def test_a_hub_that_fails_while_it_is_read_is_an_error_of_the_source(

@@ -4,6 +4,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,32 +19,55 @@ def test_a_sound_directory_has_no_damage(built: Path) -> None:
 
 
 def test_200_bit_flips_are_each_found_and_never_read(built: Path, copy: Path) -> None:
-    """Whatever bit of a shard or index flips: reading gives the true samples or an error, and verify names it."""
+    """Whatever bit of a shard or index flips: reading gives the true samples or an error, and verify names it.
+
+    Where the bit belongs to a sample (its bytes, or its row of the index), both name the sample as well.
+    """
     truth = TokenDataset(built, "validation")
     everything = range(len(truth))
     expected = truth.read(everything)
     files = sorted((copy / "validation").iterdir())
     generator = random.Random(3)
-    errors = 0
-    for flip in range(200):
+    of_samples = 0
+    for _ in range(200):
         path = generator.choice(files)
         original = path.read_bytes()
+        place = generator.randrange(len(original))
         damaged = bytearray(original)
-        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
-        path.write_bytes(damaged)
+        damaged[place] ^= 1 << generator.randrange(8)
         shard = path.name.partition(".")[0]
-        if flip % 10 == 0:  # it hashes everything, so that some are enough
-            assert any(shard in line for line in verify(copy))
+        sample = owner(copy / "validation", shard, path, place)
+        path.write_bytes(damaged)
+        lines = [line for line in verify(copy) if shard in line]
+        assert any(str(path) in line for line in lines)
         try:
             batch = TokenDataset(copy, "validation").read(everything)
         except CorruptShardError as error:
-            errors += 1
             assert shard in str(error)
+            if sample is not None:
+                assert f"sample {sample} is damaged" in str(error)
+                assert any(line.endswith(f"samples cannot be read: {sample}") for line in lines)
         else:  # the flip hit a tar header, padding, or a member's description
+            assert sample is None
             assert all(torch.equal(batch[name], expected[name]) for name in expected)
         path.write_bytes(original)
-    assert errors > 100
+        of_samples += sample is not None
+    assert of_samples > 100
     assert verify(copy) == []
+
+
+def owner(folder: Path, shard: str, path: Path, place: int) -> int | None:
+    """The sample that a byte of a tar or of an index belongs to, if it belongs to one."""
+    index_file = folder / f"{shard}.index.npy"
+    index = np.load(index_file)
+    if path == index_file:
+        row = place - (index_file.stat().st_size - index.nbytes)
+        return row // index.itemsize if row >= 0 else None
+    for sample, row in enumerate(index):
+        for array in index.dtype.names:
+            if 0 <= place - int(row[array]["offset"]) < int(row[array]["size"]):
+                return sample
+    return None
 
 
 @pytest.mark.parametrize("where", ["data", "header", "member boundary", "end blocks"])
