@@ -144,6 +144,7 @@ def run_tasks(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]
     """Results by task: metrics, their kinds, number of documents; empty on all ranks but the first."""
     from lm_eval import simple_evaluate
 
+    model.truncated.clear()
     results = simple_evaluate(
         model,
         tasks=tasks,
@@ -152,6 +153,7 @@ def run_tasks(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]
         log_samples=False,
         task_manager=task_manager(),
     )
+    truncated = set().union(*model.ranks.gather(model.truncated))
     if results is None:
         return {}
     rows: dict[str, Any] = {}
@@ -169,7 +171,7 @@ def run_tasks(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]
             "kinds": {name: kind(name, output, model.scorer.is_bound) for name in metrics},
             "documents": results["n-samples"][task]["effective"],
         }
-    return {"tasks": rows, "max_length": model.max_length, "contexts_truncated_on_rank_0": model.truncated}
+    return {"tasks": rows, "max_length": model.max_length, "contexts_truncated": len(truncated)}
 
 
 def kind(metric: str, output_type: str, is_bound: bool) -> str:

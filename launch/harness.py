@@ -6,7 +6,7 @@ What its requests mean for the latent model:
   of its own, as in generation. The score is -(NLL(codes of the continuation) + NLL(continuation | codes)), a bound of
   log p(continuation | codes of the context). Choosing among answers by it is a heuristic: the bounds of two answers
   need not be equally tight.
-- `is_greedy`: greedy generation really writes the continuation.
+- `is_greedy`: greedy generation really writes the continuation; of an autoregressive model the scoring pass tells.
 - `loglikelihood_rolling`: a bound, over windows of `max_length` tokens, each a document of its own. The
   autoregressive models get the same windows, so that both see the same context.
 - `generate_until`: generation.
@@ -42,14 +42,22 @@ class Request(NamedTuple):
     continuation: list[int]
 
 
+class Score(NamedTuple):
+    """What is known of a continuation from scoring it."""
+
+    nats: float
+    is_greedy: bool | None = None
+    """Whether greedy generation writes it; None if only generation tells."""
+
+
 class TokenScorer(ABC):
     """Scores and continues token sequences."""
 
     is_bound: bool
 
     @abstractmethod
-    def score(self, requests: Sequence[Request]) -> list[float]:
-        """Nats of every continuation."""
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """Score every continuation."""
 
     @abstractmethod
     def generate(
@@ -80,12 +88,15 @@ class BaseLMScorer(TokenScorer):
         self._base_lm = base_lm
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[Request]) -> list[float]:
+    def score(self, requests: Sequence[Request]) -> list[Score]:
         rows = [(0, request.context + request.continuation) for request in requests]
-        nats = self._base_lm(*_padded(rows, 1, self._base_lm.lm.device)).nats.double()
-        starts = [len(request.context) for request in requests]
-        # Padding counts for nothing.
-        return [float(nats[row, start:].sum()) for row, start in enumerate(starts)]
+        scored = self._base_lm(*_padded(rows, 1, self._base_lm.lm.device))
+        nats, correct = scored.nats.double(), scored.correct
+        spans = [slice(len(r.context), len(r.context) + len(r.continuation)) for r in requests]
+        return [
+            Score(float(nats[row, span].sum()), bool(correct[row, span].all()))
+            for row, span in enumerate(spans)
+        ]
 
     def generate(
         self, contexts: list[list[int]], count: int, temperature: float, seed: int
@@ -107,14 +118,14 @@ class LatentScorer(TokenScorer):
         self._generator = LatentGenerator(*pair, tokenizer)
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[Request]) -> list[float]:
+    def score(self, requests: Sequence[Request]) -> list[Score]:
         factor = self._pair.codec.config.compression_factor
         rows = [(-len(r.context) % factor, r.context + r.continuation) for r in requests]
         bound = latent_bound(*self._pair, *_padded(rows, factor, self._pair.latent_model.device))
         codes, tokens = bound.code_nats.double().sum(-1), bound.token_nats.double()
         starts = [-(-len(request.context) // factor) for request in requests]
         return [
-            float(codes[row, start:].sum() + tokens[row, start * factor :].sum())
+            Score(float(codes[row, start:].sum() + tokens[row, start * factor :].sum()))
             for row, start in enumerate(starts)
         ]
 
@@ -134,7 +145,8 @@ class HarnessModel(LM):
         ranks: the evaluator gives each rank its part of the requests.
 
     Attributes:
-        truncated: requests whose context has lost its beginning.
+        truncated: hashes of the contexts that have lost their beginning. A set, since the harness repeats requests
+            to give all ranks as many.
     """
 
     def __init__(
@@ -149,35 +161,36 @@ class HarnessModel(LM):
         super().__init__()
         self.scorer, self.tokenizer = scorer, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
-        self.truncated = 0
-        self._ranks, self._device = ranks, device
+        self.truncated: set[int] = set()
+        self.ranks, self._device = ranks, device
         self._rank, self._world_size = ranks.rank, ranks.world_size
 
     # What the evaluator needs on several ranks ---------------------------------------------------------
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors in a row."""
-        return torch.stack(self._ranks.gather(tensor.cpu())).flatten()
+        return torch.stack(self.ranks.gather(tensor.cpu())).flatten()
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """The ranks' objects, on rank `dst`."""
-        gathered = self._ranks.gather(obj)
-        return gathered if self._ranks.rank == dst else None
+        gathered = self.ranks.gather(obj)
+        return gathered if self.ranks.rank == dst else None
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._ranks.gather(None)
+        self.ranks.gather(None)
 
     # Requests ------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of continuations, and whether greedy generation writes them."""
         pairs = [self._fitted(self.encode_pair(*request.args)) for request in requests]
-        nats = self._scored(pairs)
-        greedy = self._greedy(pairs)
+        scores = self._scored(pairs)
+        unknown = [pair for pair, score in zip(pairs, scores, strict=True) if score.is_greedy is None]
+        written = self._greedy([(pair.context, len(pair.continuation)) for pair in unknown])
+        verdicts = iter(text == pair.continuation for text, pair in zip(written, unknown, strict=True))
         return [
-            (-value, written == pair.continuation)
-            for value, written, pair in zip(nats, greedy, pairs, strict=True)
+            (-score.nats, next(verdicts) if score.is_greedy is None else score.is_greedy) for score in scores
         ]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
@@ -189,26 +202,38 @@ class HarnessModel(LM):
                 windows.append(Request([], ids[start : start + self.max_length]))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, nats in zip(owners, self._scored(windows), strict=True):
-            totals[owner] -= nats
+        for owner, score in zip(owners, self._scored(windows), strict=True):
+            totals[owner] -= score.nats
         return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Continuations up to the first of the stop strings, or the end of the text."""
-        texts = []
+        asked: list[tuple[list[int], int]] = []
         for request in requests:
             context, settings = request.args
             count = min(int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)), self.max_length - 1)
-            temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
-            ids = self._shortened(self.encode(context), count)
-            drawn = self.scorer.generate([ids], count, temperature, seed=0)[0]
-            end = self.tokenizer.eos_token_id
-            text = str(self.tokenizer.decode(drawn[: drawn.index(end)] if end in drawn else drawn))
-            until = settings.get("until") or []
-            for stop in [until] if isinstance(until, str) else until:
-                text = text.split(stop)[0] if stop else text
-            texts.append(text)
+            asked.append((self._shortened(self.encode(context), count), count))
+        is_drawn = [bool(request.args[1].get("do_sample")) for request in requests]
+        greedy = iter(self._greedy([job for job, draws in zip(asked, is_drawn, strict=True) if not draws]))
+        texts = []
+        for request, (ids, count), draws in zip(requests, asked, is_drawn, strict=True):
+            settings = request.args[1]
+            if draws:  # alone, so that the draw does not depend on what else is asked
+                tokens = self.scorer.generate([ids], count, float(settings.get("temperature", 1.0)), seed=0)[
+                    0
+                ]
+            else:
+                tokens = next(greedy)
+            texts.append(self._until(tokens, settings.get("until") or []))
         return texts
+
+    def _until(self, tokens: list[int], stops: str | list[str]) -> str:
+        """The text up to its end, or to the first of the stop strings."""
+        end = self.tokenizer.eos_token_id
+        text = str(self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens))
+        for stop in [stops] if isinstance(stops, str) else stops:
+            text = text.split(stop)[0] if stop else text
+        return text
 
     # Tokens --------------------------------------------------------------------------------------------
 
@@ -235,26 +260,25 @@ class HarnessModel(LM):
         room = self.max_length - new
         if len(context) <= room:
             return context
-        self.truncated += 1
+        self.truncated.add(hash(tuple(context)))
         return context[len(context) - room :]
 
-    def _scored(self, requests: list[Request]) -> list[float]:
-        """Nats, in batches of similar length."""
-        nats = [0.0] * len(requests)
+    def _scored(self, requests: list[Request]) -> list[Score]:
+        """All scores, in batches of similar length."""
+        scores = [Score(0.0, is_greedy=True)] * len(requests)  # of nothing at all
         order = sorted(
             range(len(requests)), key=lambda i: len(requests[i].context + requests[i].continuation)
         )
         for part in _parts([i for i in order if requests[i].continuation], self.batch_size):
-            for i, value in zip(part, self.scorer.score([requests[i] for i in part]), strict=True):
-                nats[i] = value
-        return nats
+            for i, score in zip(part, self.scorer.score([requests[i] for i in part]), strict=True):
+                scores[i] = score
+        return scores
 
-    def _greedy(self, requests: list[Request]) -> list[list[int]]:
-        """What greedy generation writes in the place of every continuation; a context is continued once."""
+    def _greedy(self, asked: list[tuple[list[int], int]]) -> list[list[int]]:
+        """So many tokens behind every context, by greedy generation; a context is continued once."""
         longest: dict[tuple[int, ...], int] = {}
-        for request in requests:
-            key = tuple(request.context)
-            longest[key] = max(longest.get(key, 0), len(request.continuation))
+        for context, count in asked:
+            longest[tuple(context)] = max(longest.get(tuple(context), 0), count)
         written: dict[tuple[int, ...], list[int]] = {}
         order = sorted(longest, key=lambda key: (longest[key], len(key)))
         for part in _parts(order, self.batch_size):
@@ -265,7 +289,7 @@ class HarnessModel(LM):
                 else [[]] * len(part)
             )
             written |= dict(zip(part, drawn, strict=True))
-        return [written[tuple(request.context)][: len(request.continuation)] for request in requests]
+        return [written[tuple(context)][:count] for context, count in asked]
 
 
 def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:

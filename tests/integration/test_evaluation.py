@@ -17,7 +17,7 @@ from launch.config import RunConfig, load_config
 from launch.eval import evaluate
 from launch.latent_model import latent_model_config
 from rqvae import RQVAE, BaseLM, IdentityCodec, RQTransformer
-from tests.integration.conftest import NANO, run
+from tests.integration.conftest import NANO, REPOSITORY, run
 
 SETTINGS = (
     "evaluation.max_samples=null",
@@ -139,3 +139,23 @@ def test_a_figure_that_cannot_be_had_is_named(project: tuple[RunConfig, Path], t
         "calibrated rows and zero_rate",
     }
     assert set(report["bits_per_byte"]) == {"uniform", "unigram", "latent_reconstruction"}
+
+
+def test_standard_tasks_do_not_depend_on_ranks(project: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """The real harness, every kind of request; the requests are shared out over two ranks."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
+    tasks = ["--tasks", "arc_easy,lambada_openai,wikitext", "--max-length", "48", "--limit", "3"]
+    options = [*["--model", str(project[1]), "--local-data", str(REPOSITORY / "tests/offline_tasks")], *tasks]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    reports = {}
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        path = tmp_path / f"{name}.json"
+        result = run([*launcher, "launch/eval_tasks.py", *options, "--json", str(path)], timeout_s=900)
+        assert result.returncode == 0, result.stdout + result.stderr
+        reports[name] = json.loads(path.read_text())["tasks"]
+    assert set(reports["one"]) == {"base_lm", "latent", "identity_codec"}
+    assert reports["one"]["latent"]["contexts_truncated"] > 0
+    of_two = dict(figures(reports["two"]))
+    assert set(of_two) == {name for name, _ in figures(reports["one"])}
+    for name, value in figures(reports["one"]):
+        assert of_two[name] == pytest.approx(value, rel=1e-4), name

@@ -115,17 +115,45 @@ def test_scores_do_not_depend_on_the_batch(project: Path) -> None:
     for scorer in (LatentScorer(pair, byte_tokenizer()), BaseLMScorer(base_lm)):
         together = scorer.score(requests)
         alone = [scorer.score([request])[0] for request in requests]
-        assert together == pytest.approx(alone, abs=1e-4)
+        assert [s.nats for s in together] == pytest.approx([s.nats for s in alone], abs=1e-4)
+        assert [s.is_greedy for s in together] == [s.is_greedy for s in alone]
     # Exact: the parts of a text add up to the text.
     whole = BaseLMScorer(base_lm).score([Request([], [5, 6, 7, 8, 9])])[0]
-    parts = sum(BaseLMScorer(base_lm).score([Request([], [5, 6, 7]), Request([5, 6, 7], [8, 9])]))
-    assert whole == pytest.approx(parts, abs=1e-4)
+    parts = BaseLMScorer(base_lm).score([Request([], [5, 6, 7]), Request([5, 6, 7], [8, 9])])
+    assert whole.nats == pytest.approx(sum(part.nats for part in parts), abs=1e-4)
+
+
+def test_what_generation_writes_is_greedy(project: Path) -> None:
+    """Of the autoregressive model without generating; of the latent one by generating."""
+    from lm_eval.api.instance import Instance
+
+    from launch.harness import BaseLMScorer, HarnessModel, LatentScorer, Request
+    from launch.ranks import Ranks
+    from launch.scored_models import Pair
+
+    pair = Pair(
+        RQVAE.from_pretrained(project / "rqvae"), RQTransformer.from_pretrained(project / "rq_transformer")
+    )
+    tokenizer, context = byte_tokenizer(), list(range(65, 75))
+    for scorer in (
+        LatentScorer(pair, tokenizer),
+        BaseLMScorer(BaseLM.from_pretrained(project / "base_lm", 256)),
+    ):
+        model = HarnessModel(scorer, tokenizer, 64, 3, Ranks(), torch.device("cpu"))
+        model.encode_pair = lambda before, after: Request(context, list(map(int, after.split())))  # type: ignore[method-assign]
+        written = scorer.generate([context], 6, 0.0, 0)[0]
+        other = [*written[:5], (written[5] + 1) % 256]
+        asked = [
+            Instance("loglikelihood", {}, ("", " ".join(map(str, ids))), 0)
+            for ids in (written, other, written[:2], [(written[0] + 1) % 256])
+        ]
+        assert [greedy for _, greedy in model.loglikelihood(asked)] == [True, False, True, False]
 
 
 def test_generation_stops_where_it_is_told(project: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from launch.harness import HarnessModel, TokenScorer
+    from launch.harness import HarnessModel, Score, TokenScorer
     from launch.ranks import Ranks
 
     class Parrot(TokenScorer):
@@ -133,8 +161,8 @@ def test_generation_stops_where_it_is_told(project: Path) -> None:
 
         is_bound = False
 
-        def score(self, requests: Any) -> list[float]:
-            return [0.0] * len(requests)
+        def score(self, requests: Any) -> list[Score]:
+            return [Score(0.0)] * len(requests)
 
         def generate(self, contexts: Any, count: int, temperature: float, seed: int) -> list[list[int]]:
             return [(context * count)[:count] for context in contexts]
@@ -144,14 +172,19 @@ def test_generation_stops_where_it_is_told(project: Path) -> None:
     def instance(kind: str, *arguments: Any) -> Instance:
         return Instance(kind, {}, arguments, 0)
 
-    asked = [instance("generate_until", "ab.c", {"until": ["."], "max_gen_toks": 8})]
-    assert model.generate_until(asked) == ["ab"]
+    asked = [
+        instance("generate_until", "ab.c", {"until": ["."], "max_gen_toks": 8}),
+        instance("generate_until", "xy", {"until": [], "max_gen_toks": 3, "do_sample": True}),
+        instance("generate_until", "abc", {"until": "c", "max_gen_toks": 5}),
+        instance("generate_until", "abc", {"max_gen_toks": 2}),
+    ]
+    assert model.generate_until(asked) == ["ab", "xyx", "ab", "ab"]
     pairs = [instance("loglikelihood", "xyz", "xyzx"), instance("loglikelihood", "xyz", "zzz")]
     assert [greedy for _, greedy in model.loglikelihood(pairs)] == [True, False]
     assert model.encode_pair("ab ", "cd").continuation == model.encode(" cd")
-    assert model.truncated == 0
-    model.loglikelihood([instance("loglikelihood", "a" * 30, "b")])
-    assert model.truncated == 1
+    assert len(model.truncated) == 0
+    model.loglikelihood([instance("loglikelihood", "a" * 30, "b")] * 2)
+    assert len(model.truncated) == 1
     with pytest.raises(ValueError, match="raise --max-length"):
         model.loglikelihood([instance("loglikelihood", "a", "b" * 17)])
 
