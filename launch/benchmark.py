@@ -140,7 +140,9 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         "--identity", type=Path, help="models on tokens as codes (default: identity_codec in --model)"
     )
     parser.add_argument("--html", type=Path, help="page to write the tables to")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --random or --config")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings over the file's or the defaults"
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from launch.calibration import Calibration, calibrate
 from launch.codebook_report import codebook_report
 from launch.compatibility import check_vocabulary
 from launch.compute_report import compute_report
-from launch.config import EvaluationConfig, load_config
+from launch.config import EvaluationConfig, load_measurement
 from launch.environment import describe_environment
 from launch.intervals import bootstrap
 from launch.prompt_lengths import by_prompt_length
@@ -65,15 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--identity-codec", type=Path, help="directory of the identity codec's two models")
     parser.add_argument("--documents", type=Path, help="also write the nats of every document, a JSON a line")
     parser.add_argument("--config", help="run configuration, for its evaluation section")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --config")
+    parser.add_argument("overrides", nargs="*", metavar="evaluation.x=value", help="settings over the file's")
     args = parser.parse_args(arguments)
     path = args.json or args.model.parent / "report.json"
     try:
-        settings = EvaluationConfig()
-        if args.config:
-            settings = load_config(args.config, overrides=args.overrides).evaluation
-        elif args.overrides:
-            raise ValueError("overrides need --config")
+        settings = load_measurement(args.config, args.overrides).evaluation
         ranks, device = join_ranks()
         report = evaluate(
             args.model, args.data, args.split, settings, args.identity_codec, args.documents, ranks, device

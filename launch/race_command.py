@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from launch import speed_model
 from launch.benchmark_inference import about, progress, race, report_speed
-from launch.config import BenchmarkConfig, RunConfig, load_config
+from launch.config import RunConfig, load_config, load_measurement
 from launch.race_models import Racers, random_weights, trained
 from launch.race_prompts import prompts_from, random_prompts
 from launch.report_data import read_report
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     previous: RunConfig | None = None
     for axis, value, overrides in points(args):
         config = _config(args, overrides)
-        settings = BenchmarkConfig() if config is None else config.benchmark
+        settings = load_measurement(None, overrides).benchmark if config is None else config.benchmark
         if racers is None or (args.random and _models(config) != _models(previous)):
             racers = None  # two of them may not fit
             progress("loading the models")
@@ -95,7 +95,7 @@ def next_steps(args: argparse.Namespace) -> str:
     steps = []
     if not args.html:
         steps.append("the same with --html FILE for a page")
-    if not args.axis and (args.random or args.config):
+    if not args.axis:
         axes = AXES if args.random else [name for name in AXES if AXES[name].setting.startswith("benchmark.")]
         steps.append(f"--axis {','.join(axes)} (or one of them) for tables along them")
     if args.random:
@@ -147,12 +147,8 @@ def _check(args: argparse.Namespace) -> None:
         return
     if args.data is None:
         raise ValueError("--model needs --data DIR, token shards to take the prompts from")
-    if not args.config and args.overrides:
-        raise ValueError("overrides need --config")
     if fixed := [name for name in args.axis if not AXES[name].setting.startswith("benchmark.")]:
         raise ValueError(f"--axis {','.join(fixed)}: trained models are as they are; give --random CONFIG")
-    if args.axis and not args.config:
-        raise ValueError("--axis with --model needs --config, whose benchmark section is the centre")
 
 
 def _report_of(args: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""The README's commands name files, options, settings and targets that exist."""
+"""The commands in the READMEs name files, options, settings and targets that exist."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 from launch.config import STAGES, load_config
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+FOLDERS = (".", "configs", "data_pipeline", "launch", "rqvae", "slurm")
+READMES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+EVERYTHING = "\n".join(READMES.values())
 # Programs of others, with their options: `deepspeed --num_accelerators 2 launch/train.py ...`.
 LAUNCHERS = ("deepspeed", "torchrun", "python", "srun")
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", EVERYTHING, flags=re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -59,13 +61,14 @@ def test_its_configuration_loads_with_its_settings(line: str) -> None:
     load_config(ROOT / arguments[arguments.index("--config") + 1], stage=stage, overrides=overrides)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([a-z-]+)", EVERYTHING))))
 def test_the_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:configs|launch|rqvae|data_pipeline)/[\w./]*)`", README)))
+    "path",
+    sorted(set(re.findall(r"`((?:configs|launch|rqvae|data_pipeline|slurm|tests)/[\w./]*)`", EVERYTHING))),
 )
 def test_the_file_exists(path: str) -> None:
     assert (ROOT / path).exists()
@@ -73,4 +76,14 @@ def test_the_file_exists(path: str) -> None:
 
 def test_the_data_directory_is_the_configurations() -> None:
     directory = load_config(ROOT / "configs" / "tiny.yaml").data.directory
-    assert set(re.findall(r"--data (\S+)", README)) == {directory}
+    assert set(re.findall(r"--data (\S+)", READMES["."])) == {directory}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_lead_somewhere(folder: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([\w-]+))?\)", READMES[folder]):
+        path = (ROOT / folder / target).resolve() if target else ROOT / folder / "README.md"
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]

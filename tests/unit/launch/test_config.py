@@ -10,7 +10,15 @@ import pytest
 import yaml
 
 from data_pipeline.yaml_config import ConfigError
-from launch.config import STAGES, RunConfig, TrainConfig, check_world_size, load_config
+from launch.config import (
+    STAGES,
+    EvaluationConfig,
+    RunConfig,
+    TrainConfig,
+    check_world_size,
+    load_config,
+    load_measurement,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = CONFIGS / "tiny_rqvae.yaml"
@@ -256,10 +264,10 @@ def test_every_field_is_documented() -> None:
     launch = Path(__file__).parents[3] / "launch"
     body = [
         node
-        for name in ("config.py", "engine_config.py")
+        for name in ("config_sections.py", "engine_config.py")
         for node in ast.parse((launch / name).read_text()).body
     ]
-    for model in (node for node in body if isinstance(node, ast.ClassDef) and node.name != "RunConfig"):
+    for model in (node for node in body if isinstance(node, ast.ClassDef)):
         for field, following in zip(model.body, [*model.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
@@ -305,3 +313,15 @@ def test_a_run_is_the_same_wherever_its_shards_are_streamed_from() -> None:
     streamed = hash_with("train.streaming.streams=2")
     assert streamed == hash_with("train.streaming.streams=2", "train.streaming.url=memory://elsewhere")
     assert len({streamed, hash_with(), hash_with("train.streaming.streams=4")}) == 3
+
+
+def test_models_are_measured_by_a_file_or_by_defaults_and_overrides_alone() -> None:
+    path = CONFIGS / "tiny.yaml"
+    of_file = load_measurement(path, ["evaluation.max_samples=3"])
+    assert of_file.evaluation == load_config(path, overrides=["evaluation.max_samples=3"]).evaluation
+    alone = load_measurement(None, ["benchmark.repeats=2"])
+    assert (alone.benchmark.repeats, alone.evaluation) == (2, EvaluationConfig())
+    with pytest.raises(ConfigError) as error:
+        load_measurement(None, ["evaluation.max_sample=3", "codec.compression_factor=8"])
+    assert "did you mean evaluation.max_samples?" in str(error.value)
+    assert "codec: unknown key; valid here: benchmark, evaluation" in str(error.value)
