@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from launch.environment import describe_environment
 from launch.measurement import peak_in_subprocess, report_peak, time_rows
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 
 CHUNKED, NAIVE = "chunked", "naive"
 

@@ -16,7 +16,7 @@ from launch.scored_models import Models
 from rqvae import RQVAE, latent_bound
 from rqvae.calibration import TEMPERATURES, OtherTemperatures, best_temperature
 from rqvae.encoder import chunk_documents
-from rqvae.layers import HeadOutput, LinearHead
+from rqvae.linear_head import HeadOutput, LinearHead
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from rqvae import LatentGenerator, load_codec, load_latent_model
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 
 Precision = Literal["fp32", "bf16"]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from launch.config import TrainConfig
 from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig, mlp_width
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 
 # What DeepSpeed takes where `train.communication` says nothing, in elements.
 REDUCE_BUCKET = 500_000_000

@@ -18,7 +18,7 @@ from rqvae.codec import choose_tokens, most_likely
 from rqvae.config import RQVAEConfig
 from rqvae.decoder import DecoderCache, decode_with_backbone
 from rqvae.encoder import chunk_documents, token_documents
-from rqvae.layers import HeadOutput, LinearHead
+from rqvae.linear_head import HeadOutput, LinearHead
 from rqvae.rq_vae import RQVAEOutput
 from rqvae.sampling import ChooseTokens
 from rqvae.token_codec import TokenCodec

@@ -24,7 +24,8 @@ from transformers import (
 
 from rqvae.config import ArchitectureConfig
 from rqvae.gguf_file import GGUFModel
-from rqvae.layers import LinearHead, causal_document_mask, positions_in_documents
+from rqvae.layers import causal_document_mask, positions_in_documents
+from rqvae.linear_head import LinearHead
 
 
 def huggingface_config(architecture: ArchitectureConfig) -> PretrainedConfig:

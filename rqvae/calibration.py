@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rqvae.layers import HeadOutput, LinearHead
+from rqvae.linear_head import HeadOutput, LinearHead
 
 TEMPERATURES = tuple(2 ** (step / 3) for step in range(-3, 13))
 """Tried by `best_temperature`: 0.5 to 16, a factor of 1.26 apart."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rqvae import persistence
 from rqvae.config import RQVAEConfig
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 from rqvae.sampling import ChooseTokens
 
 

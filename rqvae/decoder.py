@@ -9,14 +9,8 @@ from transformers import Cache, PreTrainedModel
 from rqvae.backbone import build_backbone
 from rqvae.backbone_cache import new_backbone_cache
 from rqvae.config import RQVAEConfig
-from rqvae.layers import (
-    HeadOutput,
-    LinearHead,
-    TransformerCache,
-    causal_document_mask,
-    document_mask,
-    positions_in_documents,
-)
+from rqvae.layers import TransformerCache, causal_document_mask, document_mask, positions_in_documents
+from rqvae.linear_head import HeadOutput, LinearHead
 from rqvae.refinement import build_refinement
 from rqvae.resample import ReferenceUpsample, Upsample
 

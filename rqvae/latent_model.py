@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rqvae import persistence
 from rqvae.config import RQTransformerConfig
 from rqvae.encoder import chunk_documents
-from rqvae.layers import HeadOutput, LinearHead, is_alone_at_the_top
+from rqvae.linear_head import HeadOutput, LinearHead, is_alone_at_the_top
 from rqvae.sampling import ChooseCodes
 
 

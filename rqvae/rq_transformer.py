@@ -26,13 +26,8 @@ from rqvae.latent_model import (
     shifted,
     visible_positions,
 )
-from rqvae.layers import (
-    LinearHead,
-    TransformerBlock,
-    TransformerCache,
-    causal_document_mask,
-    positions_in_documents,
-)
+from rqvae.layers import TransformerBlock, TransformerCache, causal_document_mask, positions_in_documents
+from rqvae.linear_head import LinearHead
 from rqvae.sampling import ChooseCodes
 
 

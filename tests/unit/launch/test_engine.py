@@ -22,7 +22,7 @@ from launch.engine import (
 )
 from launch.optimizer import create_optimizer, learning_rate_factor, parameter_groups
 from rqvae import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])

@@ -18,7 +18,7 @@ from launch.ranks import Ranks
 from launch.sample_quality import distinct, repetition
 from launch.sampling import until_end
 from rqvae.calibration import TEMPERATURES, OtherTemperatures, best_temperature
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 
 EOS = 1
 

@@ -17,7 +17,7 @@ from rqvae import RQVAE, BaseLM, RQVAEConfig
 from rqvae.backbone import build_backbone, load_pretrained
 from rqvae.cached_decoding import CachedGreedyDecoder
 from rqvae.config import ArchitectureConfig
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 
 Make = Callable[..., Any]
 EOS = 1

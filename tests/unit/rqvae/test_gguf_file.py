@@ -15,7 +15,7 @@ from rqvae import RQVAE, BaseLM
 from rqvae.backbone import build_backbone, load_pretrained
 from rqvae.config import ArchitectureConfig
 from rqvae.gguf_file import GGUFModel
-from rqvae.layers import LinearHead
+from rqvae.linear_head import LinearHead
 from tests.unit.gguf_writing import write_gguf
 
 Make = Callable[..., Any]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rqvae.layers import HeadOutput, LinearHead
+from rqvae.linear_head import HeadOutput, LinearHead
 
 NUM_ROWS, WIDTH, VOCAB_SIZE = 53, 24, 97
 

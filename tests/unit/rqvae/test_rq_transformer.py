@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rqvae import FlatTransformer, LatentModel, RQTransformer, RQTransformerConfig, load_latent_model
 from rqvae.latent_model import RQTransformerOutput
-from rqvae.layers import LinearHead, causal_document_mask, is_alone_at_the_top
+from rqvae.layers import causal_document_mask
+from rqvae.linear_head import LinearHead, is_alone_at_the_top
 
 Make = Callable[..., Any]
 SIZES = (16, 8, 4)
