@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ CODE_FORMAT = "rqvae-code-shards"
 CODE_FORMAT_VERSION = 2
 CODE_MANIFEST_NAME = "codes_manifest.json"
 LATENT_DTYPE = np.dtype("<f2")
+Precision = Literal["fp32", "bf16"]
 
 
 class CodeShardEntry(StrictModel):
@@ -44,6 +45,8 @@ class CodeLayout(StrictModel):
     """T of the token samples; a sample has T / K latent positions."""
     latent_dim: int | None = None
     """Width of the latents that are kept beside the codes, in fp16; null where they are not."""
+    precision: Precision = "fp32"
+    """The codec's weights and arithmetic. Rounding decides the codes of vectors on the border of two."""
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -73,7 +76,10 @@ class CodeManifest(StrictModel):
 
     def compute_fingerprint(self) -> str:
         """The fingerprint that the content calls for."""
-        return sha256_json(self.model_dump(mode="json", exclude={"fingerprint"}))
+        values = self.model_dump(mode="json", exclude={"fingerprint"})
+        if self.layout.precision == "fp32":  # younger than the format, which knew nothing else
+            del values["layout"]["precision"]
+        return sha256_json(values)
 
 
 def load_code_manifest(code_directory: str | Path) -> CodeManifest:

@@ -23,6 +23,7 @@ from data_pipeline.code_manifest import (
     CodeLayout,
     CodeManifest,
     CodeShardEntry,
+    Precision,
     load_code_manifest,
 )
 from data_pipeline.dataset import Batch, Indices, TokenDataset, require_shards
@@ -69,6 +70,7 @@ def write_code_shard(
     compression_factor: int,
     codebook_sizes: Sequence[int],
     latents: ArrayLike | None = None,
+    precision: Precision = "fp32",
 ) -> None:
     """Writes the codes of one token shard, and the mark that it is done last.
 
@@ -79,10 +81,12 @@ def write_code_shard(
         compression_factor: K, S = sample_length / K.
         codebook_sizes: C of each of the D levels.
         latents: [n, S, E] floats that the codes were chosen for, kept in fp16; for stochastic codes.
+        precision: that the codec computed in.
 
     Raises:
         ValueError: the shape does not fit the token shard, or a code is out of its codebook's range.
-        CodecMismatchError: the directory already holds a finished set of another codec's codes.
+        CodecMismatchError: the directory already holds a finished set of another codec's codes, or in another
+            precision.
         FingerprintMismatchError: or of other token shards.
     """
     if split != token_dataset.split:
@@ -95,6 +99,7 @@ def write_code_shard(
         codebook_sizes=tuple(codebook_sizes),
         sample_length=token_dataset.sample_length,
         latent_dim=None if vectors is None else vectors.shape[-1],
+        precision=precision,
     )
     if (manifest_path := Path(code_directory) / CODE_MANIFEST_NAME).is_file():
         there = load_code_manifest(code_directory).layout
@@ -168,6 +173,7 @@ def code_shard_is_done(
     token_fingerprint: str,
     codec_hash: str,
     with_latents: bool = False,
+    precision: Precision = "fp32",
 ) -> bool:
     """Whether this codec's codes of this token shard are there already, if asked with their latents."""
     record = _read_record(_record_path(code_directory, split, shard_index))
@@ -175,7 +181,7 @@ def code_shard_is_done(
         return False
     layout, path = record.layout, tar_path(Path(code_directory) / split, record.entry.name)
     same = (layout.codec_hash, layout.token_fingerprint) == (codec_hash, token_fingerprint)
-    same &= layout.latent_dim is not None or not with_latents
+    same &= layout.precision == precision and (layout.latent_dim is not None or not with_latents)
     return same and path.is_file() and path.stat().st_size == record.entry.file_bytes
 
 
@@ -186,12 +192,14 @@ def finish_codes(
     codec_hash: str,
     splits: Sequence[str] | None = None,
     with_latents: bool = False,
+    precision: Precision = "fp32",
 ) -> CodeManifest:
     """Writes the manifest of the codes once every shard is there.
 
     Args:
         splits: the splits that were encoded; None takes all that have samples.
         with_latents: every shard must have its latents.
+        precision: every shard must have been made in it.
 
     Raises:
         MissingShardError: names the shards that are not done, or were made by another codec.
@@ -212,6 +220,7 @@ def finish_codes(
                 token_fingerprint=tokens.fingerprint,
                 codec_hash=codec_hash,
                 with_latents=with_latents,
+                precision=precision,
             ):
                 missing.append(f"{split}/{code_shard_name(index)}")
                 continue
@@ -239,6 +248,11 @@ def _check_layout(there: CodeLayout, wanted: CodeLayout, code_directory: str | P
         raise _other_codec(code_directory, there.codec_hash, wanted.codec_hash)
     if there.token_fingerprint != wanted.token_fingerprint:
         raise _other_tokens(code_directory, there.token_fingerprint, wanted.token_fingerprint)
+    if there.precision != wanted.precision:
+        raise CodecMismatchError(
+            f"{code_directory}: these codes were made in {there.precision}, not in {wanted.precision}: go on with "
+            f"--precision {there.precision}, or encode into another directory (name=...)"
+        )
 
 
 def _other_codec(code_directory: str | Path, there: str, wanted: str) -> CodecMismatchError:

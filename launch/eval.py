@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline import TokenDataset, load_tokenizer
+from data_pipeline.code_manifest import Precision
 from data_pipeline.errors import EmptySplitError
 from launch.brier import brier_report
 from launch.calibration import Calibration, calibrate
@@ -33,6 +34,7 @@ from launch.compute_report import compute_report
 from launch.config import EvaluationConfig, load_measurement
 from launch.environment import describe_environment
 from launch.intervals import bootstrap
+from launch.precision import add_precision
 from launch.prompt_lengths import by_prompt_length
 from launch.ranks import Ranks, join_ranks, leave_ranks
 from launch.report_data import update_report
@@ -64,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--identity-codec", type=Path, help="directory of the identity codec's two models")
     parser.add_argument("--documents", type=Path, help="also write the nats of every document, a JSON a line")
+    add_precision(parser)
     parser.add_argument("--config", help="run configuration, for its evaluation section")
     parser.add_argument("overrides", nargs="*", metavar="evaluation.x=value", help="settings over the file's")
     args = parser.parse_args(arguments)
@@ -72,7 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_measurement(args.config, args.overrides).evaluation
         ranks, device = join_ranks()
         report = evaluate(
-            args.model, args.data, args.split, settings, args.identity_codec, args.documents, ranks, device
+            args.model,
+            args.data,
+            args.split,
+            settings,
+            args.identity_codec,
+            args.documents,
+            ranks,
+            device,
+            args.precision,
         )
         if ranks.is_first:
             update_report(path, report)
@@ -95,17 +106,19 @@ def evaluate(
     by_document: Path | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008
     device: torch.device | None = None,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """All keys of the report that do not need a stop watch; every rank must call it.
 
     Args:
         identity: see `load_models`.
         by_document: file for the nats of every document.
+        precision: of the models' weights and arithmetic.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = TokenDataset(data, split)
     tokenizer = load_tokenizer(data)
-    models = load_models(model, dataset.eos_token_id, device, identity)
+    models = load_models(model, dataset.eos_token_id, device, identity, precision)
     check_vocabulary(dataset, models.codec.config.backbone.architecture)
     missing = dict(models.missing)
     if not isinstance(models.codec, RQVAE):
@@ -135,7 +148,7 @@ def evaluate(
     scores = score(models, dataset, num_samples, settings, calibration, unigram, device, ranks)
     rows = samplers(models, tokenizer)
     report = likelihood_report(scores, dataset.vocab_size)
-    report["evaluation"] |= {"split": split, "samples": num_samples}
+    report["evaluation"] |= {"split": split, "samples": num_samples, "precision": precision}
     codec = models.codec.config
     bits_per_token = sum(map(math.log2, codec.codebook_sizes)) / codec.compression_factor
     report |= {

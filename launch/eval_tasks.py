@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from launch.precision import add_precision, placed
 from launch.ranks import Ranks, join_ranks, leave_ranks
 from launch.report_data import update_report
 from launch.scored_models import load_models
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first requests of every task")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens a model sees at once")
     parser.add_argument("--batch-size", type=int, default=8)
+    add_precision(parser)
     parser.add_argument("--json", type=Path, help="report to update (default: report.json beside --model)")
     args = parser.parse_args(arguments)
     try:
@@ -94,7 +96,7 @@ def harness_models(args: argparse.Namespace, ranks: Ranks, device: torch.device)
 
     if args.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.model / "tokenizer")
-        models = load_models(args.model, tokenizer.eos_token_id, device, args.identity_codec)
+        models = load_models(args.model, tokenizer.eos_token_id, device, args.identity_codec, args.precision)
         if models.base_lm is not None:
             add("base_lm", BaseLMScorer(models.base_lm), tokenizer)
         for name, pair in (("latent", models.pair), ("identity_codec", models.identity)):
@@ -102,7 +104,7 @@ def harness_models(args: argparse.Namespace, ranks: Ranks, device: torch.device)
                 add(name, LatentScorer(pair, tokenizer), tokenizer)
     for directory in args.huggingface:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        base_lm = BaseLM.from_pretrained(directory, tokenizer.eos_token_id).to(device)
+        base_lm = placed(BaseLM.from_pretrained(directory, tokenizer.eos_token_id), device, args.precision)
         add(directory.name, BaseLMScorer(base_lm), tokenizer)
     return found
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.progress import Progress
 from launch.inference_models import load_generator, quality_note, trained_length
+from launch.precision import add_precision
 from rqvae import LatentGenerator
 from rqvae.generation_options import GenerationOptions
 
@@ -103,7 +104,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     work = parser.add_argument_group("speed")
     work.add_argument("--mode", choices=("auto", "deferred", "streaming"), default="auto")
     work.add_argument("--num-levels", type=int, help="leading levels drawn of every latent: faster, coarser")
-    work.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    add_precision(work)
     work.add_argument("--int8", action="store_true", help="weights in 8 bits (pip install torchao)")
     work.add_argument(
         "--compile",

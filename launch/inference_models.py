@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from torch import nn
 from transformers import AutoTokenizer
 
+from data_pipeline.code_manifest import Precision
+from launch.precision import placed
 from rqvae import LatentGenerator, load_codec, load_latent_model
 from rqvae.linear_head import LinearHead
-
-Precision = Literal["fp32", "bf16"]
 
 
 def load_generator(
@@ -35,11 +34,11 @@ def load_generator(
             raise ValueError(f"'{directory}' has no '{part}' (launch/convert_checkpoint.py writes it)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec, latent_model = load_codec(directory / "rqvae"), load_latent_model(directory / "rq_transformer")
-    # It compares the codec with the codes' hash, so weights change afterwards.
+    # It compares the codec with the codes' hash, so weights become integers afterwards.
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
     generator = LatentGenerator(codec, latent_model, tokenizer, compile)
     for model in (codec, latent_model):
-        model.to(device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+        placed(model, device, precision)
         if int8:
             quantize_weights(model)
     return generator

@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_pipeline import TokenDataset, code_shard_is_done, finish_codes, write_code_shard
+from data_pipeline.code_manifest import Precision
 from data_pipeline.errors import MissingShardError
 from data_pipeline.progress import Progress
 from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
 from launch.paths import TRAINING_SPLITS, codes_directory, model_directory, source_directories
+from launch.precision import add_precision, placed
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
 from rqvae.codec import Codec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", type=Path, help="model directory of the codec")
     parser.add_argument("--latents", action="store_true", help="keep the latents beside the codes, in fp16")
+    add_precision(parser)
     parser.add_argument("--task-index", type=int, default=0)
     parser.add_argument("--num-tasks", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass")
@@ -48,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--task-index {args.task_index} is not below --num-tasks {args.num_tasks}")
         config = load_config(args.config, overrides=args.overrides)
         codec = codec_of(config, args.checkpoint)
-        encode(config, codec, args.latents, args.task_index, args.num_tasks, args.batch_size)
+        job = EncodingJob(args.latents, args.precision, args.task_index, args.num_tasks, args.batch_size)
+        encode(config, codec, job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -77,41 +84,42 @@ def codec_of(config: RunConfig, checkpoint: Path | None) -> Codec:
     return load_codec(checkpoint)
 
 
-def encode(
-    config: RunConfig, codec: Codec, with_latents: bool, task_index: int, num_tasks: int, batch_size: int
-) -> None:
+@dataclass(frozen=True)
+class EncodingJob:
+    """How to encode, and which part of the shards."""
+
+    with_latents: bool
+    precision: Precision
+    task_index: int
+    num_tasks: int
+    batch_size: int
+    """Samples per forward pass."""
+
+
+def encode(config: RunConfig, codec: Codec, job: EncodingJob) -> None:
     """Write this task's code shards, and the manifest when none is missing any more.
 
     Raises:
         ValueError: latents are asked for of a codec that has none.
     """
     codec_hash = codec.codec_hash()
-    codec.to("cuda" if torch.cuda.is_available() else "cpu")
-    if with_latents:
+    if job.with_latents:
         if not isinstance(codec, RQVAE):
             raise ValueError(
                 f"--latents: the {config.codec.model} codec has no latents, and nothing to draw from"
             )
         keep_quantizer(codec, codec_hash, codes_directory(config) / "quantizer")
+    placed(codec, DEVICE, job.precision)
     for tokens, output in source_directories(config).values():
-        encode_source(tokens, output, codec, codec_hash, with_latents, task_index, num_tasks, batch_size)
+        encode_source(tokens, output, codec, codec_hash, job)
 
 
-def encode_source(
-    tokens: Path,
-    output: Path,
-    codec: Codec,
-    codec_hash: str,
-    with_latents: bool,
-    task_index: int,
-    num_tasks: int,
-    batch_size: int,
-) -> None:
+def encode_source(tokens: Path, output: Path, codec: Codec, codec_hash: str, job: EncodingJob) -> None:
     """`encode` for one directory of token shards."""
     for split in TRAINING_SPLITS:
         dataset = TokenDataset(tokens, split)
         check_vocabulary(dataset, codec.config.backbone.architecture)
-        shards = range(task_index, len(dataset.shards), num_tasks)
+        shards = range(job.task_index, len(dataset.shards), job.num_tasks)
         total = sum(len(dataset.shard_range(shard)) for shard in shards)
         progress = Progress(total, f"encode {split}", unit="samples")
         for shard in shards:
@@ -121,11 +129,12 @@ def encode_source(
                 shard,
                 token_fingerprint=dataset.fingerprint,
                 codec_hash=codec_hash,
-                with_latents=with_latents,
+                with_latents=job.with_latents,
+                precision=job.precision,
             ):
                 progress.update(len(dataset.shard_range(shard)))
                 continue
-            codes, latents = encode_shard(codec, dataset, shard, with_latents, batch_size, progress)
+            codes, latents = encode_shard(codec, dataset, shard, job, progress)
             write_code_shard(
                 output,
                 split,
@@ -136,13 +145,22 @@ def encode_source(
                 compression_factor=codec.config.compression_factor,
                 codebook_sizes=codec.config.codebook_sizes,
                 latents=latents,
+                precision=job.precision,
             )
         progress.close()
     try:
-        finish_codes(output, tokens, codec_hash=codec_hash, splits=TRAINING_SPLITS, with_latents=with_latents)
+        finish_codes(
+            output,
+            tokens,
+            codec_hash=codec_hash,
+            splits=TRAINING_SPLITS,
+            with_latents=job.with_latents,
+            precision=job.precision,
+        )
     except MissingShardError:
         print(
-            f"Task {task_index} of {num_tasks} is done; the codes in {output} are complete when all tasks are."
+            f"Task {job.task_index} of {job.num_tasks} is done; the codes in {output} are complete when all tasks "
+            "are."
         )
     else:
         print(f"Codes: {output}\nNext: deepspeed launch/train.py --config CONFIG --stage rq_transformer")
@@ -163,16 +181,15 @@ def keep_quantizer(codec: RQVAE, codec_hash: str, directory: Path) -> None:
 
 
 def encode_shard(
-    codec: Codec, dataset: TokenDataset, shard: int, with_latents: bool, batch_size: int, progress: Progress
+    codec: Codec, dataset: TokenDataset, shard: int, job: EncodingJob, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Codes [n, S, D] of all samples of a token shard, and their latents [n, S, E] if asked for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     samples = dataset.shard_range(shard)
     codes, latents = [], []
-    for start in range(samples.start, samples.stop, batch_size):
-        batch = dataset.read(range(start, min(start + batch_size, samples.stop)))
-        ids, documents = batch["input_ids"].to(device), batch["document_ids"].to(device)
-        if with_latents:
+    for start in range(samples.start, samples.stop, job.batch_size):
+        batch = dataset.read(range(start, min(start + job.batch_size, samples.stop)))
+        ids, documents = batch["input_ids"].to(DEVICE), batch["document_ids"].to(DEVICE)
+        if job.with_latents:
             assert isinstance(codec, RQVAE)
             with torch.inference_mode():
                 vectors = codec.quantizer.bound(codec.encoder(ids, documents))
@@ -182,7 +199,7 @@ def encode_shard(
             encoded = codec.encode(ids, document_ids=documents)
         codes.append(encoded.cpu().numpy())
         progress.update(len(encoded))
-    return np.concatenate(codes), np.concatenate(latents) if with_latents else None
+    return np.concatenate(codes), np.concatenate(latents) if job.with_latents else None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from data_pipeline.code_manifest import Precision
+from launch.precision import placed
 from rqvae import BaseLM, LatentModel, load_codec, load_latent_model
 from rqvae.codec import Codec
 from rqvae.generation import check_pair
@@ -39,39 +41,45 @@ class Models(NamedTuple):
 
 
 def load_models(
-    directory: Path, eos_token_id: int, device: torch.device, identity: Path | None = None
+    directory: Path,
+    eos_token_id: int,
+    device: torch.device,
+    identity: Path | None = None,
+    precision: Precision = "fp32",
 ) -> Models:
     """The models in `directory`; what is missing is left out, and named.
 
     Args:
         identity: directory of the identity codec's pair; by default `identity_codec` in `directory`.
+        precision: of weights and arithmetic; codebooks stay fp32.
 
     Raises:
         ValueError: there is no codec, a model is damaged, or codec and latent model do not belong together.
     """
-    codec = load_codec(directory / "rqvae").to(device)
+    codec = load_codec(directory / "rqvae")
     latent_model, base_lm, identity_pair = None, None, None
     missing = {}
     if (directory / "rq_transformer").is_dir():
-        latent_model = load_latent_model(directory / "rq_transformer").to(device)
+        latent_model = load_latent_model(directory / "rq_transformer")
         check_pair(codec, latent_model)
+        placed(latent_model, device, precision)
     else:
         missing["latent_bound"] = f"'{directory}/rq_transformer' is not there"
     if (directory / "base_lm").is_dir():
-        base_lm = BaseLM.from_pretrained(directory / "base_lm", eos_token_id).to(device)
+        base_lm = placed(BaseLM.from_pretrained(directory / "base_lm", eos_token_id), device, precision)
     else:
         missing["base_lm"] = f"'{directory}/base_lm' is not there"
     where = identity or directory / IDENTITY
     if codec.config.model == "identity":
         missing["identity_codec"] = "the codec evaluated is the identity codec itself"
     elif (where / "rqvae").is_dir():
-        identity_pair = Pair(
-            load_codec(where / "rqvae").to(device), load_latent_model(where / "rq_transformer").to(device)
-        )
+        identity_pair = Pair(load_codec(where / "rqvae"), load_latent_model(where / "rq_transformer"))
         check_pair(*identity_pair)
+        for model in identity_pair:
+            placed(model, device, precision)
     else:
         missing["identity_codec"] = (
             f"'{where}' is not there: train a latent model with codec.model=identity, and give the directory of "
             "both with --identity-codec"
         )
-    return Models(codec, latent_model, base_lm, identity_pair, missing)
+    return Models(placed(codec, device, precision), latent_model, base_lm, identity_pair, missing)

@@ -43,6 +43,7 @@ class Codec(nn.Module, ABC):
         self.config = config.model_copy(
             update={"backbone": config.backbone.model_copy(update={"pretrained": None})}
         )
+        self._kept_hash: str | None = None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -59,7 +60,11 @@ class Codec(nn.Module, ABC):
 
     def codec_hash(self) -> str:
         """sha256 over configuration and weights: the identity of the codes this codec makes."""
-        return persistence.content_hash(self, self.config)
+        return self._kept_hash or persistence.content_hash(self, self.config)
+
+    def keep_hash(self) -> None:
+        """Go by the hash of now, whatever the weights are rounded to afterwards."""
+        self._kept_hash = self.codec_hash()
 
     @abstractmethod
     def encode(

@@ -42,6 +42,20 @@ def project(nano_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> l
     return overrides
 
 
+def test_codes_in_bf16_are_nearly_those_in_fp32(project: list[str], tmp_path: Path) -> None:
+    config = load_config(NANO, overrides=project)
+    checkpoint = str(model_directory(config) / "rqvae")
+    elsewhere = [*project, "name=rounded"]
+    command = ["--config", str(NANO), "--checkpoint", checkpoint, "--precision", "bf16", *elsewhere]
+    assert precompute_codes.main(command) == 0
+    tokens = TokenDataset(config.data.directory, "train")
+    rounded = CodeDataset(tokens, codes_directory(load_config(NANO, overrides=elsewhere)))
+    assert rounded.manifest.layout.precision == "bf16"
+    exact = CodeDataset(tokens, codes_directory(config)).read(range(64))["codes"][..., 0]
+    agreement = (rounded.read(range(64))["codes"][..., 0] == exact).float().mean()
+    assert 0.8 < agreement < 1
+
+
 def stochastic(overrides: list[str]) -> RunConfig:
     return load_config(
         NANO, stage="rq_transformer", overrides=[*overrides, "stages.rq_transformer.stochastic_codes=true"]

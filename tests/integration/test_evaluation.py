@@ -16,6 +16,7 @@ from data_pipeline import TokenDataset, load_tokenizer
 from launch.config import RunConfig, load_config
 from launch.eval import evaluate
 from launch.latent_model import latent_model_config
+from launch.precision import DTYPES
 from rqvae import RQVAE, BaseLM, IdentityCodec, RQTransformer
 from tests.integration.conftest import NANO, REPOSITORY, run
 
@@ -139,6 +140,26 @@ def test_a_figure_that_cannot_be_had_is_named(project: tuple[RunConfig, Path], t
         "calibrated rows and zero_rate",
     }
     assert set(report["bits_per_byte"]) == {"uniform", "unigram", "latent_reconstruction"}
+
+
+def test_figures_in_bf16_are_near_those_in_fp32(project: tuple[RunConfig, Path]) -> None:
+    config, directory = project
+    settings = config.evaluation.model_copy(
+        update={"max_samples": 16, "importance_documents": 0, "brier_documents": 8, "quality_samples": 2}
+    )
+    reports = {
+        precision: evaluate(directory, Path(config.data.directory), "test", settings, precision=precision)
+        for precision in DTYPES
+    }
+    assert [report["evaluation"].pop("precision") for report in reports.values()] == list(DTYPES)
+    for report in reports.values():  # what is drawn differs, and what the machine does
+        for key in ("environment", "samples", "brier_lm", "sample_quality", "prompt_lengths", "codebook"):
+            report.pop(key)
+    fp32, bf16 = (dict(figures(report)) for report in reports.values())
+    assert set(fp32) == set(bf16)
+    assert any(bf16[name] != value for name, value in fp32.items())
+    for name, value in fp32.items():
+        assert bf16[name] == pytest.approx(value, rel=0.05, abs=0.02), name
 
 
 def test_standard_tasks_do_not_depend_on_ranks(project: tuple[RunConfig, Path], tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from data_pipeline import (
     write_code_shard,
 )
 from data_pipeline.__main__ import main
-from data_pipeline.code_manifest import CODE_MANIFEST_NAME, load_code_manifest
+from data_pipeline.code_manifest import CODE_MANIFEST_NAME, CodeManifest, Precision, load_code_manifest
 from data_pipeline.errors import (
     CodecMismatchError,
     CorruptShardError,
@@ -41,7 +43,12 @@ def codes_of(samples: range) -> NDArray[np.int64]:
 
 
 def write(
-    directory: Path, tokens: TokenDataset, shard: int, codec: str = CODEC, latents: ArrayLike | None = None
+    directory: Path,
+    tokens: TokenDataset,
+    shard: int,
+    codec: str = CODEC,
+    latents: ArrayLike | None = None,
+    precision: Precision = "fp32",
 ) -> None:
     write_code_shard(
         directory,
@@ -53,6 +60,7 @@ def write(
         compression_factor=4,
         codebook_sizes=SIZES,
         latents=latents,
+        precision=precision,
     )
 
 
@@ -105,6 +113,33 @@ def test_another_codec_or_other_tokens_are_refused(
     tokens.fingerprint = "f00"
     with pytest.raises(FingerprintMismatchError, match="token shards in use are f00"):
         CodeDataset(tokens, codes)
+
+
+def test_codes_say_what_they_were_computed_in(built: Path, codes: Path, tmp_path: Path) -> None:
+    tokens = TokenDataset(built, "train")
+    # fp32 is what all codes were made in before there was a choice: their fingerprints hold.
+    assert load_code_manifest(codes).fingerprint == load_code_manifest(codes).compute_fingerprint()
+    assert "precision" not in json.dumps(fingerprinted(load_code_manifest(codes)))
+    rows = {"token_fingerprint": tokens.fingerprint, "codec_hash": CODEC}
+    assert code_shard_is_done(codes, "train", 0, **rows)
+    assert not code_shard_is_done(codes, "train", 0, **rows, precision="bf16")
+    with pytest.raises(CodecMismatchError, match=r"made in fp32, not in bf16: go on with --precision fp32"):
+        write(codes, tokens, 0, precision="bf16")
+    for shard in range(len(tokens.shards)):
+        write(tmp_path, tokens, shard, precision="bf16")
+    with pytest.raises(MissingShardError):
+        finish_codes(tmp_path, built, codec_hash=CODEC, splits=["train"])
+    manifest = finish_codes(tmp_path, built, codec_hash=CODEC, splits=["train"], precision="bf16")
+    assert manifest.layout.precision == "bf16"
+    assert load_code_manifest(tmp_path) == manifest
+    assert "precision" in json.dumps(fingerprinted(manifest))
+
+
+def fingerprinted(manifest: CodeManifest) -> Any:
+    """What the fingerprint of a manifest is taken over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.code_manifest.sha256_json", lambda value: value)
+        return manifest.compute_fingerprint()
 
 
 def test_a_killed_task_finds_what_is_left(built: Path, tmp_path: Path) -> None:
