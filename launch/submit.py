@@ -60,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
 def make_jobs(args: argparse.Namespace, config: RunConfig) -> list[Job]:
     """The jobs of a command, each to run after the one before; none if nothing is missing."""
     if args.job == "build_data":
-        return build_jobs(config, args.config, args.overrides, args.max_tasks, args.at_once, args.sbatch)
+        return build_jobs(config, args)
     if args.job == "precompute_codes":
-        return code_jobs(config, args.config, args.overrides, args.max_tasks, args.at_once, args.sbatch)
+        return code_jobs(config, args)
     size = [f"--nodes={args.nodes}", f"--gpus-per-node={args.gpus_per_node}"]
     return [training_job(args.config, args.stage, args.overrides, [*size, *args.sbatch])]
 
@@ -76,26 +76,32 @@ def training_job(path: str, stage: str, overrides: list[str], options: list[str]
     return Job(stage, script, ["--config", path, "--stage", stage, *overrides], options)
 
 
-def build_jobs(
-    config: RunConfig, path: str, overrides: list[str], max_tasks: int, at_once: int, options: list[str]
-) -> list[Job]:
-    """An array that builds what is missing, and the merge."""
-    num_tasks = array_tasks.num_build_tasks(config.data, max_tasks)
+def build_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
+    """An array that builds what is missing, and the merge.
+
+    Args:
+        args: `config`, `overrides`, `max_tasks`, `at_once` and `sbatch` of a command line.
+    """
+    num_tasks = array_tasks.num_build_tasks(config.data, args.max_tasks)
     missing = array_tasks.missing_build_tasks(config.data, num_tasks)
-    ours = ["--config", path, *(override for override in overrides if override.startswith("data."))]
-    merge = Job("merge_data", "build_data.sh", ["--merge", *ours], options)
+    of_data = [override for override in args.overrides if override.startswith("data.")]
+    ours = ["--config", args.config, *of_data]
+    merge = Job("merge_data", "build_data.sh", ["--merge", *ours], args.sbatch)
     if not missing:
         done = (Path(config.data.directory) / "manifest.json").is_file()
         return [] if done else [merge]
     tasks = ["--num-tasks", str(num_tasks), *ours]
-    return [Job("build_data", "build_data.sh", tasks, [array(missing, at_once), *options]), merge]
+    options = [array(missing, args.at_once), *args.sbatch]
+    return [Job("build_data", "build_data.sh", tasks, options), merge]
 
 
-def code_jobs(
-    config: RunConfig, path: str, overrides: list[str], max_tasks: int, at_once: int, options: list[str]
-) -> list[Job]:
-    """An array that encodes what is missing; the last of its tasks completes the codes."""
-    num_tasks = array_tasks.num_code_tasks(config, max_tasks)
+def code_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
+    """An array that encodes what is missing; the last of its tasks completes the codes.
+
+    Args:
+        args: `config`, `overrides`, `max_tasks`, `at_once`, `precision` and `sbatch` of a command line.
+    """
+    num_tasks = array_tasks.num_code_tasks(config, args.max_tasks)
     missing = array_tasks.missing_code_tasks(config, num_tasks)
     if not missing:
         return []
@@ -103,13 +109,16 @@ def code_jobs(
         [] if config.codec.model == "identity" else ["--checkpoint", str(model_directory(config) / "rqvae")]
     )
     latents = ["--latents"] if config.for_stage("rq_transformer").train.stochastic_codes else []
-    words = ["--config", path, *codec, *latents, "--num-tasks", str(num_tasks), *overrides]
-    return [Job("precompute_codes", "precompute_codes.sh", words, [array(missing, at_once), *options])]
+    how = [*latents, "--precision", args.precision, "--num-tasks", str(num_tasks)]
+    words = ["--config", args.config, *codec, *how, *args.overrides]
+    options = [array(missing, args.at_once), *args.sbatch]
+    return [Job("precompute_codes", "precompute_codes.sh", words, options)]
 
 
 def run_pipeline(args: argparse.Namespace, code: Path) -> int:
     """The chain, by the script that a user could start as well."""
     words = ["--config", args.config, "--max-tasks", str(args.max_tasks), "--at-once", str(args.at_once)]
+    words += ["--precision", args.precision]
     size = [f"--training=--nodes={args.nodes}", f"--training=--gpus-per-node={args.gpus_per_node}"]
     options = [f"--sbatch={option}" for option in args.sbatch]
     dry = ["--dry-run"] if args.dry_run else []
@@ -133,6 +142,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory-gib", type=float, default=80.0)
     parser.add_argument("--max-tasks", type=int, default=64, help="of an array")
     parser.add_argument("--at-once", type=int, default=16, help="tasks of an array that run at a time")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of encoding and evaluation"
+    )
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="passed on to sbatch")
     parser.add_argument("--dry-run", action="store_true", help="check and print, submit nothing")
     parser.add_argument("--allow-dirty", action="store_true", help="files may differ from the commit")

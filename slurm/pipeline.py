@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, overrides=args.overrides)
         if args.part == "all":
-            jobs = build_jobs(config, args.config, args.overrides, args.max_tasks, args.at_once, args.sbatch)
+            jobs = build_jobs(config, args)
             if jobs:
                 return submit_all([*jobs, the_rest(arguments or sys.argv[1:], args)], args, config)
         return submit_all(jobs_after_data(args, config), args, config)
@@ -64,12 +64,13 @@ def jobs_after_data(args: argparse.Namespace, config: RunConfig) -> list[Job]:
         train("base_lm")
     if config.codec.model != "identity":
         train("rqvae", *backbone_override(config, models / "base_lm"))
-    jobs += code_jobs(config, args.config, overrides, args.max_tasks, args.at_once, args.sbatch)
+    jobs += code_jobs(config, args)
     train("rq_transformer")
     of_models = ["--model", str(models), "--data", config.data.directory]
     settings = ["--config", args.config, *overrides]
     report = str(project / "report.json")
-    jobs.append(Job("evaluate", "evaluate.sh", [*of_models, "--json", report, *settings], args.sbatch))
+    how = ["--json", report, "--precision", args.precision]
+    jobs.append(Job("evaluate", "evaluate.sh", [*of_models, *how, *settings], args.sbatch))
     if own_backbone or (models / "base_lm" / "config.json").is_file():
         race = ["inference", *of_models, "--report", report, *settings]
         jobs.append(Job("benchmark", "benchmark.sh", race, args.sbatch))
@@ -95,6 +96,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", choices=("all", "rest"), default="all", help="rest: all but the data")
     parser.add_argument("--max-tasks", type=int, default=64, help="of an array")
     parser.add_argument("--at-once", type=int, default=16, help="tasks of an array that run at a time")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of encoding and evaluation"
+    )
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="for every job")
     parser.add_argument("--training", action="append", default=[], metavar="OPTION", help="for training jobs")
     parser.add_argument("--dry-run", action="store_true", help="print, submit nothing")
