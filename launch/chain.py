@@ -144,7 +144,7 @@ class Commands:
 
     def benchmark(self, models: Sequence[Path]) -> Step:
         """Speed of decoding, of `models`."""
-        command = ["launch/benchmark.py", "inference", "--rows", "generate,lean,deferred,streaming"]
+        command = ["launch/benchmark.py", "inference", "--rows", "generate,lean,lookup,deferred,streaming"]
         return self._measure("benchmark", command, "--report", models)
 
     def _measure(self, name: str, command: list[str], report: str, models: Sequence[Path]) -> Step:
