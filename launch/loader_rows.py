@@ -26,6 +26,7 @@ _MEMBER_BYTES = 8 << 10
 _STREAMED_MEMBER_BYTES = 64 << 10
 """Of what is read from end to end: a member costs webdataset as much as many samples."""
 _SHUFFLE = 1024
+_WINDOW_BLOCKS = 128
 _DOCUMENT = 700
 """Tokens of a document, about FineWeb's mean."""
 
@@ -74,6 +75,7 @@ class OurRow(Row):
     name = "StepLoader"
     package = "rqvae-text"
     member_bytes = _MEMBER_BYTES
+    in_blocks = False
 
     def write(self, tokens: NDArray[np.uint16]) -> None:  # noqa: D102
         length, grid = self.shape.length, 4
@@ -81,7 +83,7 @@ class OurRow(Row):
         lengths = np.diff([*starts, length])
         segments = np.zeros((len(starts), len(SEGMENT_COLUMNS)), dtype=np.int64)
         segments[:, 1], segments[:, 2], segments[:, 4] = starts, lengths, 4 * lengths
-        per_shard = max(1, _SHARD_BYTES // tokens[0].nbytes)
+        per_shard = self._chunk
         size = samples_per_member(tokens[0].nbytes, self.member_bytes)
         shards = [
             write_token_shard(
@@ -112,6 +114,11 @@ class OurRow(Row):
         )
         write_json(self.directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
+    @property
+    def _chunk(self) -> int:
+        """Samples in 16 MiB, the size of everybody's files."""
+        return max(1, _SHARD_BYTES // (2 * self.shape.length))
+
     def batches(self, num_workers: int, seed: int, start_step: int = 0) -> Iterator[Tensor]:  # noqa: D102
         with StepLoader(
             TokenDataset(self.directory, "train"),
@@ -119,9 +126,18 @@ class OurRow(Row):
             seed=seed,
             start_step=start_step,
             num_workers=num_workers,
+            shuffle_block=self._chunk // _WINDOW_BLOCKS or 1 if self.in_blocks else None,
+            shuffle_window=_WINDOW_BLOCKS,
         ) as loader:
             for _, batch in loader:
                 yield batch["input_ids"]
+
+
+class OurBlockRow(OurRow):
+    """Random access in blocks of neighbours, shuffled over as many samples as one of litdata's chunks holds."""
+
+    name = "StepLoader, blocks"
+    in_blocks = True
 
 
 class OurStreamRow(OurRow):
@@ -245,5 +261,5 @@ class MosaicRow(Row):
         return islice(iter(loader), start_step, None)
 
 
-OURS: tuple[type[Row], ...] = (OurRow, OurStreamRow)
+OURS: tuple[type[Row], ...] = (OurRow, OurBlockRow, OurStreamRow)
 PEERS: tuple[type[Row], ...] = (WebDatasetRow, LitDataRow, MosaicRow)

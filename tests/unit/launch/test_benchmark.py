@@ -68,7 +68,8 @@ def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(result["modes"]) == {f"{n} workers, {cache}" for n in (0, 1) for cache in ("warm", "cold")}
     for table in result["modes"].values():
         named = {*table["rows"], *(row["name"] for row in result["missing"])}
-        assert named == {"StepLoader", "StreamLoader", "webdataset", "litdata", "mosaicml-streaming"}
+        ours = {"StepLoader", "StepLoader, blocks", "StreamLoader"}
+        assert named == ours | {"webdataset", "litdata", "mosaicml-streaming"}
         speeds = {name: row["tokens_per_s"] for name, row in table["rows"].items()}
         assert table["over_best_peer"]["StepLoader"] == speeds["StepLoader"] / speeds[table["best_peer"]]
     assert all(row["reason"] and "pip install" in row["install"] for row in result["missing"])
