@@ -37,6 +37,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "zero_rate": ("bits_per_byte", "zero_rate"),
     "brier_lm": ("brier_lm", "latent"),
     "brier_lm_ar": ("brier_lm", "base_lm"),
+    "bound_over_ar": ("-",),
+    "samples_perplexity": ("sample_quality", "latent", "base_lm_perplexity"),
+    "samples_perplexity_ar": ("sample_quality", "base_lm", "base_lm_perplexity"),
     "token_accuracy": ("reconstruction", "token_accuracy"),
     "codes_bits_per_token": ("rate", "codes_bits_per_token"),
     "tokens_per_s": ("speed", "latent_tokens_per_s"),
@@ -44,7 +47,8 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "speedup": ("speed", "speedup"),
     "speedup_over_lean_loop": ("speed", "speedup_over_lean_loop"),
 }
-"""Figures by name, and where report.json has them; `ar_trial` and, mostly, `identity` come from other trials."""
+"""Figures by name, and where report.json has them; `ar_trial`, `bound_over_ar` and, mostly, `identity` take other
+trials as well."""
 INTERVALS = {
     name: ("bits_per_byte_intervals", path[1]) for name, path in FIGURES.items() if path[0] == "bits_per_byte"
 } | {"brier_lm": ("brier_lm", "intervals", "latent"), "brier_lm_ar": ("brier_lm", "intervals", "base_lm")}
@@ -56,14 +60,18 @@ TABLE = {
     "stochastic_bound": "bound, codes drawn",
     "ar": "AR",
     "ar_trial": "AR, its own trial",
+    "bound_over_ar": "bound over that",
     "identity": "identity",
     "unigram": "unigram",
     "uniform": "uniform",
     "zero_rate": "zero rate",
     "brier_lm": "BrierLM",
     "brier_lm_ar": "BrierLM, AR",
+    "samples_perplexity": "perplexity of samples under AR",
+    "samples_perplexity_ar": "of AR's own",
     "tokens_per_s": "tokens/s",
-    "speedup": "speed-up",
+    "speedup": "over `generate`",
+    "speedup_over_lean_loop": "over a lean loop",
     "train_tokens": "tokens",
     "train_flops": "FLOPs",
     "wall_s": "training, s",
@@ -197,6 +205,9 @@ def fill_in_others(runs: Sequence[dict[str, Any]]) -> None:
             if run["figures"] and name not in run["figures"] and same_seed:
                 run["figures"][name] = same_seed[0][1]
                 run["from_trials"][name] = same_seed[0][0]["trial"]
+    for run in runs:
+        if {"bound", "ar_trial"} <= set(run["figures"]):
+            run["figures"]["bound_over_ar"] = run["figures"]["bound"] / run["figures"]["ar_trial"]
 
 
 def summary(name: str, about: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -280,7 +291,9 @@ def cell(name: str, figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "–"
     digits = {"train_tokens": "{:.3g}", "train_flops": "{:.3g}", "wall_s": "{:.0f}", "tokens_per_s": "{:.0f}"}
-    form = digits.get(name, "{:.2f}" if name in ("speedup", "brier_lm", "brier_lm_ar") else "{:.3f}")
+    digits |= dict.fromkeys(("samples_perplexity", "samples_perplexity_ar"), "{:.0f}")
+    digits |= dict.fromkeys(("speedup", "speedup_over_lean_loop", "brier_lm", "brier_lm_ar"), "{:.2f}")
+    form = digits.get(name, "{:.3f}")
     text = form.format(figure["mean"])
     if figure["interval"] is not None and name not in COMPUTE:
         text += f" ({form.format(figure['interval'][0])} to {form.format(figure['interval'][1])})"

@@ -92,9 +92,22 @@ def test_three_files_say_the_same(tmp_path: Path) -> None:
     table = (tmp_path / "out/results.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1  # the reason's bar has not made a column
-    assert "| rq | 2 of 2 | 3.200 (0.659 to 5.741) | – | 2.500 (2.500 to 2.500) | – | 2.800 |" in table
+    assert "| rq | 2 of 2 | 3.200 (0.659 to 5.741) | – | 2.500 (2.500 to 2.500) | – | – | 2.800 |" in table
     assert "ar **failed**: train-base_lm ended with status 1" in table
     assert "Student" in table and "bootstrap" in table
+
+
+def test_the_ratio_to_plain_ar_is_that_of_the_same_seed(tmp_path: Path) -> None:
+    sweep, trials = prepared(tmp_path, [0, 1])
+    for trial, bound in zip(trials, (3.0, 2.8, 0.0, 3.6, 2.9, 0.0), strict=True):
+        values = report(bound)
+        if trial.name == "ar":
+            values = {"bits_per_byte": {"base_lm": 2.0 + trial.seed}}
+        finish(trial, values)
+    rq, identity, ar = collect(sweep, trials)["trials"]
+    assert rq["figures"]["bound_over_ar"]["mean"] == pytest.approx((3.0 / 2 + 3.6 / 3) / 2)
+    assert identity["figures"]["bound_over_ar"]["n"] == 2
+    assert "bound_over_ar" not in ar["figures"]
 
 
 def test_figures_of_an_earlier_try_are_not_shown(tmp_path: Path) -> None:

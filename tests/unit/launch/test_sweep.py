@@ -50,7 +50,7 @@ def planned(directory: Path, *overrides: str, **changes: Any) -> list[PlannedTri
 
 def test_there_is_a_sweep_for_every_question() -> None:
     questions = {
-        *("compression", "codebook", "architecture", "backbone", "freezing"),
+        *("headline", "compression", "codebook", "architecture", "backbone", "freezing"),
         *("quantizer", "latent_input", "unsloth", "model_size", "recipes"),
     }
     assert {path.stem for path in SWEEPS} == questions
