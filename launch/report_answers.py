@@ -1,42 +1,34 @@
-"""The questions that this project is to answer, and what a set of sweeps says of each: nothing is guessed.
+"""The questions that this project is to answer, and which sweep answers each: nothing is guessed.
 
 A question that no sweep of the set answers reads "not run", with the command that would answer it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.report_formats import number, percent
-from launch.report_scaling import SERIES, fit_power_law, gaps, series
-
-Trial = Mapping[str, Any]
-QWEN3_8B = "8B"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A row of the table."""
-
-    question: str
-    sweep: str | None
-    """Of which the numbers are; None where there are none."""
-    answer: str
-    number: str = ""
-    interval: str = ""
-    certainty: str = ""
-    links: tuple[tuple[str, str], ...] = ()
-    """Trial and its run directory."""
+from launch.report_findings import (
+    Answer,
+    against_ar,
+    best_trial,
+    by_compression,
+    closing,
+    extrapolated,
+    race,
+    uniformity,
+    unsloth,
+    usage,
+)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the sweep that answers it and how; `find` gives None where the sweep has no figures for it."""
+    """A question, the sweeps that can answer it, the best first, and how; `find` gives None where one cannot."""
 
     text: str
-    sweep: str | None
+    sweeps: tuple[str, ...]
     find: Callable[[Mapping[str, Any]], Answer | None]
     command: str = ""
     """What would answer it, where no sweep does."""
@@ -51,12 +43,12 @@ def answers(sweeps: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, float])
     """
     rows = []
     for question in questions(sizes):
-        results = sweeps.get(question.sweep or "")
-        found = None if results is None else question.find(results)
+        tried = (question.find(sweeps[name]) for name in question.sweeps if name in sweeps)
+        found = next((answer for answer in tried if answer is not None), None)
         if found is None:
             command = (
                 question.command
-                or f"python launch/experiments.py --sweep configs/sweeps/{question.sweep}.yaml"
+                or f"python launch/experiments.py --sweep configs/sweeps/{question.sweeps[0]}.yaml"
             )
             found = Answer(question.text, None, "not run", certainty=command)
         rows.append(found)
@@ -67,287 +59,50 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
     """In the order of the table."""
 
     def best(text: str, sweep: str, *names: str, codec: str | None = None) -> Question:
-        return Question(text, sweep, lambda results: best_trial(text, results, names, codec))
+        return Question(text, (sweep,), lambda results: best_trial(text, results, names, codec))
 
+    headline = ("headline", "compression")
     return [
-        with_text(
-            "How far is the latent model's held-out perplexity from plain AR's?", "compression", against_ar
-        ),
+        with_text("How much faster is decoding in latent space, at what loss?", headline, race),
+        with_text("How far is a codec's held-out perplexity from plain AR's?", headline, against_ar),
         best("Which codes can a latent model predict?", "recipes"),
-        with_text("What is gained in speed, and lost in quality, as K grows?", "compression", by_compression),
-        with_text("Are the codebooks used?", "compression", usage),
+        with_text(
+            "What is gained in speed, and lost in quality, as K grows?", ("compression",), by_compression
+        ),
+        with_text("Are the codebooks used?", headline, usage),
         best("How should bits be spread: few large codebooks or many small ones?", "codebook", codec="rqvae"),
         best("Should sizes differ by level?", "codebook", "d2-c1024", "d2-coarse", "d2-fine", "d3-graded"),
         best("RQ-transformer or a standard transformer, at equal training compute?", "architecture"),
-        with_text("Does the gap to plain AR close with size and training?", "model_size", closing),
+        with_text("Does the gap to plain AR close with size and training?", ("model_size",), closing),
         best("Does a pretrained decoder help?", "backbone"),
         best("Frozen only, warm-up, or full training?", "freezing"),
         best("Which quantizer?", "quantizer", codec="rqvae"),
         best("What should the latent model read of the past?", "latent_input"),
-        with_text("Does Unsloth help?", "unsloth", unsloth),
+        with_text("Does Unsloth help?", ("unsloth",), unsloth),
         Question(
             "What is to be expected at 8B?",
-            "model_size",
+            ("model_size",),
             lambda results: extrapolated("What is to be expected at 8B?", results, sizes),
         ),
         Question(
             "How do the base models do on standard tasks?",
-            None,
+            (),
             lambda _: None,
             "python launch/eval_tasks.py --model runs/tiny/model",
         ),
         Question(
             "How much do the convolutions lose by themselves?",
-            None,
+            (),
             lambda _: None,
             "python launch/train.py --config configs/tiny_rqvae.yaml --stage rqvae "
             "stages.rqvae.quantizer_warmup_steps=460",
         ),
-        with_text("Is uniform usage a goal?", "quantizer", uniformity),
+        with_text("Is uniform usage a goal?", ("quantizer",), uniformity),
     ]
 
 
-def with_text(text: str, sweep: str, find: Callable[[str, Mapping[str, Any]], Answer | None]) -> Question:
+def with_text(
+    text: str, sweeps: tuple[str, ...], find: Callable[[str, Mapping[str, Any]], Answer | None]
+) -> Question:
     """A question whose text goes into its answer."""
-    return Question(text, sweep, lambda results: find(text, results))
-
-
-def finished(results: Mapping[str, Any], *figures: str) -> list[Trial]:
-    """Trials that have all these figures."""
-    return [trial for trial in results["trials"] if all(figure in trial["figures"] for figure in figures)]
-
-
-def mean(trial: Trial, figure: str) -> float:
-    """Over the seeds."""
-    return float(trial["figures"][figure]["mean"])
-
-
-def kind(results: Mapping[str, Any], name: str) -> str:
-    """Which codec a trial has."""
-    return str(next(run["codec"] for run in results["runs"] if run["trial"] == name))
-
-
-def links(results: Mapping[str, Any], names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """The runs of these trials."""
-    return tuple((run["trial"], run["directory"]) for run in results["runs"] if run["trial"] in names)
-
-
-def ends(trial: Trial, figure: str) -> str:
-    """The interval, and over what."""
-    found = trial["figures"][figure]
-    if found["interval"] is None:
-        return "none"
-    low, high = found["interval"]
-    over = f"{found['n']} seeds" if found["interval_over"] == "seeds" else "documents"
-    return f"{number(low)} to {number(high)} over {over}"
-
-
-def certainty(first: Trial, second: Trial) -> str:
-    """What may be said of a difference between bounds."""
-    a, b = (trial["figures"][bound_of(trial)] for trial in (first, second))
-    if min(a["n"], b["n"]) < 2:
-        return "one seed: a hint, no more"
-    apart = a["interval"][1] < b["interval"][0] or b["interval"][1] < a["interval"][0]
-    return f"{min(a['n'], b['n'])} seeds; the intervals " + ("do not overlap" if apart else "overlap: open")
-
-
-def bound_of(trial: Trial) -> str:
-    """Which bound says most of a trial: that of drawn codes, where it was evaluated and is lower."""
-    drawn = "stochastic_bound"
-    has_drawn = drawn in trial["figures"] and mean(trial, drawn) < mean(trial, "bound")
-    return drawn if has_drawn else "bound"
-
-
-def bits(trial: Trial) -> float:
-    """The bound, in bits per byte."""
-    return mean(trial, bound_of(trial))
-
-
-def learned(results: Mapping[str, Any], names: Sequence[str] = (), codec: str | None = None) -> list[Trial]:
-    """Trials with a bound, of these names and this codec where given; the identity codec left out, best first."""
-    trials = [
-        trial
-        for trial in finished(results, "bound")
-        if (found := kind(results, trial["trial"])) != "identity"
-        and codec in (None, found)
-        and (not names or trial["trial"] in names)
-    ]
-    return sorted(trials, key=bits)
-
-
-def best_trial(
-    text: str, results: Mapping[str, Any], names: Sequence[str], codec: str | None
-) -> Answer | None:
-    """The trial with the lowest bound, beside the others."""
-    trials = learned(results, names, codec)
-    if len(trials) < 2:
-        return None
-    first, second = trials[:2]
-    others = "; ".join(f"{trial['about']}: {number(bits(trial))}" for trial in trials[1:])
-    worse = _baselines(first)
-    return Answer(
-        text,
-        results["sweep"],
-        f"{first['about']} has the lowest bound. {others}.{worse}",
-        f"{number(bits(first))} bits per byte",
-        ends(first, bound_of(first)),
-        certainty(first, second),
-        links(results, [trial["trial"] for trial in trials]),
-    )
-
-
-def _baselines(trial: Trial) -> str:
-    told = [
-        f"{label} {number(mean(trial, figure))}"
-        for figure, label in (
-            ("ar_trial", "plain AR of a trial of its own"),
-            ("ar", "its base LM"),
-            ("identity", "identity codec"),
-            ("unigram", "unigram"),
-        )
-        if figure in trial["figures"]
-    ]
-    return f" Beside it: {', '.join(told)}." if told else ""
-
-
-def against_ar(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """The best bound over plain AR's bits."""
-    trials = [trial for trial in learned(results) if {"ar_trial", "ar"} & set(trial["figures"])]
-    if not trials:
-        return None
-    best = trials[0]
-    reference = "ar_trial" if "ar_trial" in best["figures"] else "ar"
-    ratio = bits(best) / mean(best, reference)
-    return Answer(
-        text,
-        results["sweep"],
-        f"{best['about']}: a bound of {number(bits(best))} bits per byte, {number(ratio)} times plain AR's "
-        f"{number(mean(best, reference))}.{_baselines(best)}",
-        f"{number(ratio)} x",
-        ends(best, bound_of(best)),
-        f"{best['figures'][bound_of(best)]['n']} seed(s); the bound is one from above",
-        links(results, [best["trial"]]),
-    )
-
-
-def by_compression(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """Bound and speed-up, trial by trial: over the lean loop, the fastest plain decoding, where that was measured."""
-    figure, over = "speedup_over_lean_loop", "a lean loop of the base LM"
-    trials = finished(results, "bound", figure)
-    if not trials:
-        figure, over = "speedup", "transformers' generate"
-        trials = finished(results, "bound", figure)
-    if not trials:
-        return None
-    rows = "; ".join(
-        f"{trial['about']}: {number(bits(trial))} at {number(mean(trial, figure))}x" for trial in trials
-    )
-    fastest = max(trials, key=lambda trial: mean(trial, figure))
-    return Answer(
-        text,
-        results["sweep"],
-        f"Bound in bits per byte, and speed-up over {over}: {rows}.",
-        f"{number(mean(fastest, figure))} x at most",
-        ends(fastest, figure),
-        "speeds are those of the machine that the trials ran on, at the time",
-        links(results, [trial["trial"] for trial in trials]),
-    )
-
-
-def usage(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """Share of codes used by level, of the first trial with codebooks of its own."""
-    run = next((r for r in results["runs"] if r["codec"] == "rqvae" and _shares(r)), None)
-    if run is None:
-        return None
-    shares = _shares(run)
-    return Answer(
-        text,
-        results["sweep"],
-        f"{run['trial']}, by level: {', '.join(percent(share) for share in shares)} of the codes.",
-        percent(min(shares)),
-        "none",
-        "counted on the evaluated split, one seed",
-        ((run["trial"], run["directory"]),),
-    )
-
-
-def _shares(run: Mapping[str, Any]) -> list[float]:
-    return [share for share in (run.get("codebook") or {}).get("used_fraction") or [] if share is not None]
-
-
-def uniformity(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """Usage beside bound."""
-    rows = []
-    for run in results["runs"]:
-        shares = [v for v in (run.get("codebook") or {}).get("perplexity_normalized") or [] if v is not None]
-        if run["codec"] == "rqvae" and shares and "bound" in run["figures"]:
-            rows.append((sum(shares) / len(shares), float(run["figures"]["bound"]), run))
-    if len(rows) < 2:
-        return None
-    rows.sort(key=lambda row: row[0])
-    told = "; ".join(f"{row[2]['trial']} {percent(row[0])}: {number(row[1])}" for row in rows)
-    is_best = max(rows, key=lambda row: row[0])[1] == min(row[1] for row in rows)
-    return Answer(
-        text,
-        results["sweep"],
-        f"Codebook perplexity over its maximum, and the bound: {told}. The most uniform is "
-        f"{'also' if is_best else 'not'} the most predictable.",
-        "",
-        "none",
-        f"{len(rows)} trials, one codec family",
-        tuple((row[2]["trial"], row[2]["directory"]) for row in rows),
-    )
-
-
-def unsloth(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """Open where there is no GPU."""
-    trial = next((trial for trial in results["trials"] if trial["trial"] == "with"), None)
-    if trial is None or not trial["reasons"]:
-        return None
-    return Answer(text, results["sweep"], trial["reasons"][0].splitlines()[0], certainty="open")
-
-
-def closing(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """Bound over AR along training, by size."""
-    by_size = gaps(results["runs"])
-    if not by_size:
-        return None
-    rows = "; ".join(
-        f"{size / 1e6:.2g} million weights: {', '.join(number(ratio) for _, ratio in places)}"
-        for size, places in by_size.items()
-    )
-    last = {size: places[-1][1] for size, places in by_size.items()}
-    return Answer(
-        text,
-        results["sweep"],
-        f"Bound over plain AR's bits at equal compute, from the shortest training to the longest: {rows}.",
-        f"{number(last[min(last)])} to {number(last[max(last)])}",
-        "none",
-        "one seed; smallest to largest size, trained longest",
-        links(results, [trial["trial"] for trial in learned(results)]),
-    )
-
-
-def extrapolated(text: str, results: Mapping[str, Any], sizes: Mapping[str, float]) -> Answer | None:
-    """Power laws at the largest size."""
-    target = next((name for name in sizes if QWEN3_8B in name), None)
-    told, first = [], ""
-    for name, codec, figure, _ in SERIES:
-        points = series(results["runs"], codec, figure)
-        law = fit_power_law(*zip(*points, strict=True)) if len(points) > 2 else None
-        if law is None or target is None:
-            continue
-        value = number(law(sizes[target]))
-        first = first or value
-        told.append(f"{name} {value} (fitted to {len(points)} sizes, exponent {number(law.exponent)})")
-    if not told:
-        return None
-    return Answer(
-        text,
-        results["sweep"],
-        f"Extrapolated in bits per byte, at the training length of these trials: {'; '.join(told)}.",
-        f"{first} (extrapolation)",
-        "none",
-        "very uncertain: orders of magnitude beyond the data",
-        links(results, [trial["trial"] for trial in results["trials"]]),
-    )
+    return Question(text, sweeps, lambda results: find(text, results))

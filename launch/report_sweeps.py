@@ -122,9 +122,8 @@ def render(sweeps: Mapping[str, Mapping[str, Any]], beside: Path) -> Page:
             ]
         )
     ]
-    sized = [
-        run for run in (sweeps.get("model_size") or {"runs": runs})["runs"] if run["state"] == "finished"
-    ]
+    # Nowhere else are trials of other sizes and lengths the same model.
+    sized = [run for run in sweeps.get("model_size", {"runs": []})["runs"] if run["state"] == "finished"]
 
     def href(directory: str) -> str:
         page = REPOSITORY / directory / "report.html"

@@ -15,7 +15,8 @@ import pytest
 
 from launch.matching import planned_flops
 from launch.report import main
-from launch.report_answers import Answer, answers, learned
+from launch.report_answers import Answer, answers
+from launch.report_findings import learned
 from launch.report_scaling import fit_power_law, gaps, series
 from launch.report_sweeps import qwen3_sizes, read_sources, write_overview
 from launch.results import write_results
@@ -128,6 +129,11 @@ def test_answers_come_from_the_sweeps_and_from_nowhere_else(root: Path) -> None:
     assert [name for name, _ in found.links] == ["anchor-k4"]
     assert "1 seed" in found.certainty
     assert answer(root, "codebooks used", "compression").number == "87.6 %"
+    race = answer(root, "How much faster", "compression")  # no sweep of seeds among these
+    assert race.number == "1.09 x bits, 2.00 x speed"  # the fewest bits of what is faster, not the fastest
+    first, *others = race.answer.split("; ")
+    assert first.startswith("identity codec, K=4") and "at 2.00 times its speed" in first
+    assert others[-1].endswith("at 0.50 times its speed.")  # K=1: slower than plain AR, so last
     by_k = answer(root, "as K grows", "compression")
     assert "over a lean loop of the base LM: anchors, K=4, D=2, 5 bits per token: " in by_k.answer
     assert by_k.number == "8.00 x at most"  # not the 16 times of generate
