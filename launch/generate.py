@@ -105,7 +105,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     work.add_argument("--mode", choices=("auto", "deferred", "streaming"), default="auto")
     work.add_argument("--num-levels", type=int, help="leading levels drawn of every latent: faster, coarser")
     add_precision(work)
-    work.add_argument("--int8", action="store_true", help="weights in 8 bits (pip install torchao)")
+    work.add_argument(
+        "--int8",
+        action="store_true",
+        help="weights in 8 bits, to save memory; slower than bf16 on a CPU (pip install torchao)",
+    )
     work.add_argument(
         "--compile",
         action="store_true",

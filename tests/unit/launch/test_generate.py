@@ -14,6 +14,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data_pipeline.code_manifest import Precision
 from launch import generate
 from launch.inference_models import load_generator
 from rqvae import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
@@ -176,6 +177,20 @@ def test_bad_command_lines_and_models(
         assert message in capsys.readouterr().err
     assert generate.main(["--model", str(tmp_path), "--prompt", "w5"]) == 2
     assert "has no 'rqvae' (launch/convert_checkpoint.py writes it)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_int8_weights_write_nearly_the_same(model: Path, precision: Precision) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed (pip install torchao)")
+    exact, rounded = (load_generator(model, precision, int8) for int8 in (False, True))
+    linears = [module for module in rounded.rq_transformer.modules() if isinstance(module, torch.nn.Linear)]
+    assert linears and all(type(module.weight) is not torch.nn.Parameter for module in linears)  # torchao's
+    texts = [
+        generator.generate_tokens([[5, 6, 7, 8]], 64, 1.0, seed=0).token_ids[0]
+        for generator in (exact, rounded)
+    ]
+    agreement = sum(a == b for a, b in zip(*texts, strict=True)) / 64
+    assert agreement > 0.7
 
 
 def test_int8_needs_torchao(
