@@ -108,7 +108,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     work.add_argument(
         "--int8",
         action="store_true",
-        help="weights in 8 bits, to save memory; slower than bf16 on a CPU (pip install torchao)",
+        help="weights in 8 bits, which saves memory and on a CPU costs time (needs pip install torchao)",
     )
     work.add_argument(
         "--compile",

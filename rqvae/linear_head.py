@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], block_rows):
             rows = slice(start, start + block_rows)
             label, share = labels[rows, None], weights[rows, None].float()
-            logits = (hidden[rows] @ weight.T).float()
+            logits = F.linear(hidden[rows], weight).float()
             label_logits = logits.gather(1, label)
             correct[rows] = is_alone_at_the_top(logits, label, label_logits)
             log_norm = logits.logsumexp(1, keepdim=True)

@@ -169,5 +169,5 @@ class _Matmuls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "matmul")
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "matmul", "linear")
         return func(*args, **(kwargs or {}))
