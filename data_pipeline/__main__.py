@@ -103,7 +103,7 @@ def _deduplicate(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from data_pipeline.verification import verify
 
-    damage = verify(arguments.directory)
+    damage = verify(arguments.directory, arguments.num_workers)
     for line in damage:
         print(line)
     if damage:
@@ -244,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="re-hash and re-count everything; exit code 1 on damage")
     verify.add_argument("directory", help="directory of token shards or of codes")
+    verify.add_argument("--num-workers", type=int, help="processes (default: one per core for many shards)")
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="print the manifest and decoded samples, or codes")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,65 +26,110 @@ from data_pipeline.progress import Progress
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shards import index_path, tar_path
 from data_pipeline.tokenizer import tokenizer_hash
+from data_pipeline.workers import map_in_processes
+
+_SHARDS_OF_A_WORKER = 8
+"""Fewer are not worth another process, which takes a second to start."""
+Shard = TypeVar("Shard")
 
 
-def verify(directory: str | Path) -> list[str]:
+class _TokenShard(NamedTuple):
+    """A shard of tokens and the rules that it must keep; without the manifest, which may hold a hundred thousand."""
+
+    folder: Path
+    entry: ShardEntry
+    token_dtype: str
+    document_grid: int
+    sample_length: int
+    vocab_size: int
+
+
+class _CodeShard(NamedTuple):
+    """A shard of codes."""
+
+    folder: Path
+    entry: CodeShardEntry
+    layout: CodeLayout
+
+
+def verify(directory: str | Path, num_workers: int | None = None) -> list[str]:
     """All damage in a directory of token shards or of codes, one line each; empty if it is sound.
+
+    Args:
+        num_workers: processes that read; None takes one per core where there are many shards.
 
     Raises:
         NotADatasetError, FormatVersionError, CorruptShardError: there is no usable manifest to check against.
     """
     root = Path(directory)
-    damage: list[str] = []
     if (root / CODE_MANIFEST_NAME).is_file():
-        return _verify_codes(root)
+        return _verify_codes(root, num_workers)
     manifest = load_manifest(root)
-    damage += _tokenizer_damage(root, manifest)
-    tokens = [(root / split, shard) for split, entry in manifest.splits.items() for shard in entry.shards]
-    with Progress(len(tokens), "verifying", unit="shards") as progress:
-        for folder, entry in tokens:
-            found = list(_hash_damage(folder, entry.name, entry.sha256, entry.index_sha256))
-            # the single samples are looked for only where the hash says that there is something to find
-            if found:
-                found += _unreadable(folder, entry.name, TOKEN_ARRAYS, entry.samples, entry.file_bytes)
-            else:
-                found += _count_damage(folder, entry, manifest)
-            damage += found
-            progress.update()
-    for split in manifest.splits:
-        listed = {
-            path(root / split, e.name)
-            for e in manifest.splits[split].shards
-            for path in (tar_path, index_path)
-        }
+    rules = (manifest.token_dtype, manifest.document_grid, manifest.sample_length, manifest.vocab_size)
+    shards = [
+        _TokenShard(root / split, entry, *rules)
+        for split, found in manifest.splits.items()
+        for entry in found.shards
+    ]
+    damage = [*_tokenizer_damage(root, manifest), *_in_all(_token_shard_damage, shards, num_workers)]
+    for split, found in manifest.splits.items():
+        listed = {path(root / split, e.name) for e in found.shards for path in (tar_path, index_path)}
         damage += _strangers(root / split, listed)
     return damage
+
+
+def _verify_codes(root: Path, num_workers: int | None) -> list[str]:
+    manifest = load_code_manifest(root)
+    shards = [
+        _CodeShard(root / split, entry, manifest.layout)
+        for split, entries in manifest.splits.items()
+        for entry in entries
+    ]
+    damage = _in_all(_code_shard_damage, shards, num_workers)
+    for split, entries in manifest.splits.items():
+        folder = root / split
+        paths = (tar_path, index_path, lambda folder, name: folder / f"{name}.done.json")
+        damage += _strangers(folder, {path(folder, entry.name) for entry in entries for path in paths})
+    return damage
+
+
+def _in_all(
+    damage_of: Callable[[Shard], list[str]], shards: Sequence[Shard], num_workers: int | None
+) -> list[str]:
+    """What `damage_of` finds in the shards, in their order."""
+    if num_workers is None:
+        num_workers = max(1, min(len(os.sched_getaffinity(0)), len(shards) // _SHARDS_OF_A_WORKER))
+    with Progress(len(shards), "verifying", unit="shards") as progress:
+        if num_workers > 1:
+            by_shard = map_in_processes(damage_of, shards, num_workers, progress)
+        else:
+            by_shard = []
+            for shard in shards:
+                by_shard.append(damage_of(shard))
+                progress.update()
+    return list(chain.from_iterable(by_shard))
+
+
+def _token_shard_damage(shard: _TokenShard) -> list[str]:
+    folder, entry = shard.folder, shard.entry
+    found = list(_hash_damage(folder, entry.name, entry.sha256, entry.index_sha256))
+    # The single samples are looked for only where the hash says that there is something to find.
+    if found:
+        return [*found, *_unreadable(folder, entry.name, TOKEN_ARRAYS, entry.samples, entry.file_bytes)]
+    return list(_count_damage(shard))
+
+
+def _code_shard_damage(shard: _CodeShard) -> list[str]:
+    folder, entry, arrays = shard.folder, shard.entry, shard.layout.arrays
+    found = list(_hash_damage(folder, entry.name, entry.sha256, entry.index_sha256))
+    if found:
+        return [*found, *_unreadable(folder, entry.name, arrays, entry.samples, entry.file_bytes)]
+    return list(_code_damage(folder, entry, shard.layout))
 
 
 def _strangers(folder: Path, listed: set[Path]) -> list[str]:
     found = sorted(set(folder.iterdir()) - listed) if folder.is_dir() else []
     return [f"{path}: not in the manifest" for path in found]
-
-
-def _verify_codes(root: Path) -> list[str]:
-    manifest, damage = load_code_manifest(root), []
-    entries = [(root / split, shard) for split, shards in manifest.splits.items() for shard in shards]
-    with Progress(len(entries), "verifying", unit="shards") as progress:
-        for folder, shard in entries:
-            found = list(_hash_damage(folder, shard.name, shard.sha256, shard.index_sha256))
-            if found:
-                found += _unreadable(
-                    folder, shard.name, manifest.layout.arrays, shard.samples, shard.file_bytes
-                )
-            else:
-                found += _code_damage(folder, shard, manifest.layout)
-            damage += found
-            progress.update()
-    for split, shards in manifest.splits.items():
-        folder = root / split
-        paths = (tar_path, index_path, lambda folder, name: folder / f"{name}.done.json")
-        damage += _strangers(folder, {path(folder, shard.name) for shard in shards for path in paths})
-    return damage
 
 
 def _code_damage(folder: Path, shard: CodeShardEntry, layout: CodeLayout) -> Iterator[str]:
@@ -136,11 +184,12 @@ def _unreadable(
         yield f"{tar_path(folder, name)}: {len(hit)} of {samples} samples cannot be read: {shown}"
 
 
-def _count_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
+def _count_damage(shard: _TokenShard) -> Iterator[str]:
     """Counts of a shard whose bytes are sound, and the rules that its segments keep."""
+    folder, entry = shard.folder, shard.entry
     reader = ShardReader(folder, entry.name, TOKEN_ARRAYS, entry.samples, entry.file_bytes)
     real_tokens = num_bytes = 0
-    dtype, grid = np.dtype(manifest.token_dtype), manifest.document_grid
+    dtype, grid = np.dtype(shard.token_dtype), shard.document_grid
     for sample in range(entry.samples):
         tokens = np.frombuffer(reader.read("tokens", [sample])[0], dtype=dtype)
         rows = reader.read("segments", [sample])[0]
@@ -150,8 +199,8 @@ def _count_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterat
         apart = (starts[1:] // grid >= -(-ends[:-1] // grid)).all() and (
             np.diff(segments[:, DOCUMENT]) > 0
         ).all()
-        inside = len(tokens) == manifest.sample_length and (ends <= len(tokens)).all()
-        if not (on_grid and apart and inside) or tokens.max(initial=0) >= manifest.vocab_size:
+        inside = len(tokens) == shard.sample_length and (ends <= len(tokens)).all()
+        if not (on_grid and apart and inside) or tokens.max(initial=0) >= shard.vocab_size:
             yield f"{tar_path(folder, entry.name)}: sample {sample} breaks the rules of the format"
         real_tokens += int(segments[:, LENGTH].sum())
         num_bytes += int(segments[:, NUM_BYTES].sum())

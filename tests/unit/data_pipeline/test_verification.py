@@ -70,6 +70,18 @@ def owner(folder: Path, shard: str, path: Path, place: int) -> int | None:
     return None
 
 
+def test_worker_processes_find_the_same(copy: Path) -> None:
+    assert verify(copy, num_workers=2) == []
+    for path in (copy / "train/shard-000001.tar", copy / "test/shard-000000.tar"):
+        data = bytearray(path.read_bytes())
+        data[1000] ^= 1
+        path.write_bytes(data)
+    (copy / "train/shard-000000.index.npy").unlink()
+    damage = verify(copy, num_workers=1)
+    assert len(damage) > 3
+    assert verify(copy, num_workers=2) == damage
+
+
 @pytest.mark.parametrize("where", ["data", "header", "member boundary", "end blocks"])
 def test_cuts_are_found(copy: Path, where: str) -> None:
     import tarfile
