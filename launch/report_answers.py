@@ -50,7 +50,7 @@ def answers(sweeps: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, float])
                 question.command
                 or f"python launch/experiments.py --sweep configs/sweeps/{question.sweeps[0]}.yaml"
             )
-            found = Answer(question.text, None, "not run", certainty=command)
+            found = Answer(question.text, None, "not run", command=command)
         rows.append(found)
     return rows
 

@@ -26,6 +26,8 @@ class Answer:
     certainty: str = ""
     links: tuple[tuple[str, str], ...] = ()
     """Trial and its run directory."""
+    command: str = ""
+    """What would answer it, where nothing does."""
 
 
 def finished(results: Mapping[str, Any], *figures: str) -> list[Trial]:

@@ -146,7 +146,7 @@ def test_answers_come_from_the_sweeps_and_from_nowhere_else(root: Path) -> None:
     for part in ("Which quantizer", "8B", "standard tasks"):
         row = answer(root, part, "compression")
         assert (row.answer, row.sweep, row.number) == ("not run", None, "")
-        assert row.certainty.startswith("python launch/")
+        assert row.command.startswith("python launch/")
 
 
 def test_a_bound_of_drawn_codes_counts_where_it_is_lower(root: Path) -> None:
