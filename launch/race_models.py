@@ -259,12 +259,10 @@ def _never_ends(lm: Any) -> None:
 def _generator(directory: Path, tokenizer: Any, dtype: torch.dtype, device: torch.device) -> LatentGenerator:
     # Checked as they were saved: the hash is over the weights in the precision that they were trained in.
     generator = LatentGenerator(
-        load_codec(directory / "rqvae").to(device),
-        load_latent_model(directory / "rq_transformer").to(device),
-        tokenizer,
+        load_codec(directory / "rqvae"), load_latent_model(directory / "rq_transformer"), tokenizer
     )
     for model in (generator.vae, generator.rq_transformer):
-        model.to(dtype)
+        model.to(device=device, dtype=dtype)
     return generator
 
 

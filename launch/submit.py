@@ -14,7 +14,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+from data_pipeline.code_manifest import Precision
 from launch import array_tasks
 from launch.config import STAGES, RunConfig, load_config
 from launch.paths import model_directory, project_directory
@@ -143,7 +145,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tasks", type=int, default=64, help="of an array")
     parser.add_argument("--at-once", type=int, default=16, help="tasks of an array that run at a time")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of encoding and evaluation"
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of encoding, evaluation and the race",
     )
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="passed on to sbatch")
     parser.add_argument("--dry-run", action="store_true", help="check and print, submit nothing")

@@ -14,7 +14,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
+from data_pipeline.code_manifest import Precision
 from launch import run_status
 from launch.chain import backbone_override
 from launch.config import RunConfig, Stage, load_config
@@ -72,7 +74,8 @@ def jobs_after_data(args: argparse.Namespace, config: RunConfig) -> list[Job]:
     how = ["--json", report, "--precision", args.precision]
     jobs.append(Job("evaluate", "evaluate.sh", [*of_models, *how, *settings], args.sbatch))
     if own_backbone or (models / "base_lm" / "config.json").is_file():
-        race = ["inference", *of_models, "--report", report, *settings]
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.precision]
+        race = ["inference", *of_models, "--report", report, "--dtype", dtype, *settings]
         jobs.append(Job("benchmark", "benchmark.sh", race, args.sbatch))
     else:
         print(f"benchmark: left out; it needs an autoregressive model in '{models / 'base_lm'}'")
@@ -97,7 +100,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tasks", type=int, default=64, help="of an array")
     parser.add_argument("--at-once", type=int, default=16, help="tasks of an array that run at a time")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of encoding and evaluation"
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of encoding, evaluation and the race",
     )
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="for every job")
     parser.add_argument("--training", action="append", default=[], metavar="OPTION", help="for training jobs")
