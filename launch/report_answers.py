@@ -75,7 +75,7 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
         best("RQ-transformer or a standard transformer, at equal training compute?", "architecture"),
         with_text("Does the gap to plain AR close with size and training?", ("model_size",), closing),
         best("Does a pretrained decoder help?", "backbone"),
-        best("Frozen only, warm-up, or full training?", "freezing"),
+        best("Frozen only, warm-up, or full training?", "freezing", codec="rqvae"),
         best("Which quantizer?", "quantizer", codec="rqvae"),
         best("What should the latent model read of the past?", "latent_input"),
         with_text("Does Unsloth help?", ("unsloth",), unsloth),

@@ -8,8 +8,20 @@ from typing import Any
 
 from launch.report_formats import number, percent
 from launch.report_scaling import SERIES, fit_power_law, gaps, series
+from launch.report_trials import (
+    Trial,
+    bits,
+    bound_of,
+    certainty,
+    collapsed,
+    ends,
+    finished,
+    has_collapsed,
+    learned,
+    links,
+    mean,
+)
 
-Trial = Mapping[str, Any]
 QWEN3_8B = "8B"
 
 
@@ -30,69 +42,6 @@ class Answer:
     """What would answer it, where nothing does."""
 
 
-def finished(results: Mapping[str, Any], *figures: str) -> list[Trial]:
-    """Trials that have all these figures."""
-    return [trial for trial in results["trials"] if all(figure in trial["figures"] for figure in figures)]
-
-
-def mean(trial: Trial, figure: str) -> float:
-    """Over the seeds."""
-    return float(trial["figures"][figure]["mean"])
-
-
-def kind(results: Mapping[str, Any], name: str) -> str:
-    """Which codec a trial has."""
-    return str(next(run["codec"] for run in results["runs"] if run["trial"] == name))
-
-
-def links(results: Mapping[str, Any], names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """The runs of these trials."""
-    return tuple((run["trial"], run["directory"]) for run in results["runs"] if run["trial"] in names)
-
-
-def ends(trial: Trial, figure: str) -> str:
-    """The interval, and over what."""
-    found = trial["figures"][figure]
-    if found["interval"] is None:
-        return "none"
-    low, high = found["interval"]
-    over = f"{found['n']} seeds" if found["interval_over"] == "seeds" else "documents"
-    return f"{number(low)} to {number(high)} over {over}"
-
-
-def certainty(first: Trial, second: Trial) -> str:
-    """What may be said of a difference between bounds."""
-    a, b = (trial["figures"][bound_of(trial)] for trial in (first, second))
-    if min(a["n"], b["n"]) < 2:
-        return "one seed: a hint, no more"
-    apart = a["interval"][1] < b["interval"][0] or b["interval"][1] < a["interval"][0]
-    return f"{min(a['n'], b['n'])} seeds; the intervals " + ("do not overlap" if apart else "overlap: open")
-
-
-def bound_of(trial: Trial) -> str:
-    """Which bound says most of a trial: that of drawn codes, where it was evaluated and is lower."""
-    drawn = "stochastic_bound"
-    has_drawn = drawn in trial["figures"] and mean(trial, drawn) < mean(trial, "bound")
-    return drawn if has_drawn else "bound"
-
-
-def bits(trial: Trial) -> float:
-    """The bound, in bits per byte."""
-    return mean(trial, bound_of(trial))
-
-
-def learned(results: Mapping[str, Any], names: Sequence[str] = (), codec: str | None = None) -> list[Trial]:
-    """Trials with a bound, of these names and this codec where given; the identity codec left out, best first."""
-    trials = [
-        trial
-        for trial in finished(results, "bound")
-        if (found := kind(results, trial["trial"])) != "identity"
-        and codec in (None, found)
-        and (not names or trial["trial"] in names)
-    ]
-    return sorted(trials, key=bits)
-
-
 def best_trial(
     text: str, results: Mapping[str, Any], names: Sequence[str], codec: str | None
 ) -> Answer | None:
@@ -101,7 +50,11 @@ def best_trial(
     if len(trials) < 2:
         return None
     first, second = trials[:2]
-    others = "; ".join(f"{trial['about']}: {number(bits(trial))}" for trial in trials[1:])
+    others = "; ".join(
+        f"{trial['about']}: {number(bits(trial))}"
+        + (" (collapsed: its codes say nothing)" if collapsed(results, trial["trial"]) else "")
+        for trial in trials[1:]
+    )
     worse = _baselines(first)
     return Answer(
         text,
@@ -217,9 +170,11 @@ def _shares(run: Mapping[str, Any]) -> list[float]:
 
 
 def uniformity(text: str, results: Mapping[str, Any]) -> Answer | None:
-    """Usage beside bound."""
+    """Usage beside bound, of the trials that have not collapsed."""
     rows = []
     for run in results["runs"]:
+        if has_collapsed(run):
+            continue
         shares = [v for v in (run.get("codebook") or {}).get("perplexity_normalized") or [] if v is not None]
         if run["codec"] == "rqvae" and shares and "bound" in run["figures"]:
             rows.append((sum(shares) / len(shares), float(run["figures"]["bound"]), run))

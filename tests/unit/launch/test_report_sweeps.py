@@ -16,9 +16,9 @@ import pytest
 from launch.matching import planned_flops
 from launch.report import main
 from launch.report_answers import Answer, answers
-from launch.report_findings import learned
 from launch.report_scaling import fit_power_law, gaps, series
 from launch.report_sweeps import qwen3_sizes, read_sources, write_overview
+from launch.report_trials import learned
 from launch.results import write_results
 from launch.sweep import PlannedTrial, load_sweep, plan_trials
 from launch.trial_records import write_record
@@ -162,6 +162,24 @@ def test_a_bound_of_drawn_codes_counts_where_it_is_lower(root: Path) -> None:
     # Above the other, it says less.
     other["figures"]["stochastic_bound"]["mean"] = 99.0
     assert learned(results)[0] is anchor
+
+
+def test_a_codec_with_a_level_that_says_nothing_never_wins(root: Path) -> None:
+    results = json.loads((root / "quantizer/results.json").read_text())
+
+    def row(question: str) -> Answer:
+        found = answers({"quantizer": results}, {})
+        return next(row for row in found if row.question == question)
+
+    winner = next(trial for trial in results["trials"] if trial["trial"] == "ema")
+    assert row("Which quantizer?").answer.startswith(winner["about"])
+    run = next(run for run in results["runs"] if run["trial"] == "ema")
+    run["codebook"] = {**run["codebook"], "nats_per_code": [*run["codebook"]["nats_per_code"][:-1], 0.001]}
+    assert learned(results)[-1] is winner
+    told = row("Which quantizer?").answer
+    assert not told.startswith(winner["about"])
+    assert told.count("collapsed") == 1
+    assert "ema " not in row("Is uniform usage a goal?").answer
 
 
 def test_the_trend_is_over_what_was_trained_longest(root: Path) -> None:
