@@ -2,14 +2,15 @@
 
 All read the same JSON lines files, one for each process, with the same fast tokenizer, on the same cores. The text
 is the docstrings of the installed dependencies, repeated where there are too few of them. Ours does more than
-the others: phases, packing, byte counts, checksums, fsync. Starting processes counts, for every row.
+the others: phases, packing, byte counts, checksums, fsync. Every row is a program of its own, started each time.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -19,15 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline import build
-from data_pipeline.config import (
-    BPETokenizerConfig,
-    DataConfig,
-    JsonlSource,
-    PretrainedTokenizerConfig,
-)
+from data_pipeline.config import BPETokenizerConfig
 from data_pipeline.python_docs import docstrings, source_files
 from data_pipeline.tokenizer import save_bpe, train_bpe
+from launch.build_rows import NOT_INSTALLED
 from launch.environment import describe_environment
 from launch.measurement import take_turns
 
@@ -50,15 +46,15 @@ def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[s
         root = Path(directory)
         num_bytes = _write_corpus(root, shape)
         runs: dict[str, Callable[[], Any]] = {
-            OURS: lambda: _run_ours(root, shape),
-            DATASETS: lambda: _run_datasets(root, shape),
+            OURS: lambda: _run("ours", root, shape),
+            DATASETS: lambda: _run("datasets", root, shape),
         }
         missing = []
         version = None
         try:
-            _run_datatrove(root, shape)  # it says what it lacks only when it is used
+            _run("datatrove", root, shape)  # it says what it lacks only when it is used
             version = metadata.version("datatrove")
-            runs[DATATROVE] = lambda: _run_datatrove(root, shape)
+            runs[DATATROVE] = lambda: _run("datatrove", root, shape)
         except ImportError as error:
             missing.append(
                 {"name": DATATROVE, "reason": str(error), "install": "pip install -e .[benchmark-data]"}
@@ -113,62 +109,19 @@ def _texts(mib: float) -> Iterator[str]:
             return
 
 
-def _run_ours(root: Path, shape: BuildShape) -> None:
-    shutil.rmtree(root / "ours", ignore_errors=True)
-    config = DataConfig(
-        directory=str(root / "ours"),
-        source=JsonlSource(paths=(str(root / "text" / "*.jsonl"),)),
-        tokenizer=PretrainedTokenizerConfig(path=str(root / "tokenizer")),
-        sample_length=1024,
-        validation_fraction=0.01,
-        test_fraction=0.01,
+def _run(row: str, root: Path, shape: BuildShape) -> None:
+    """A row, as a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.build_rows", row, str(root), str(shape.workers)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    build(config, num_workers=shape.workers)
-
-
-def _run_datasets(root: Path, shape: BuildShape) -> None:
-    from datasets import disable_progress_bars, load_dataset
-
-    from data_pipeline.tokenizer import load_fast_tokenizer
-
-    disable_progress_bars()
-    shutil.rmtree(root / "datasets", ignore_errors=True)
-    tokenizer = load_fast_tokenizer(root / "tokenizer")
-    rows = load_dataset(
-        "json",
-        data_files=[str(path) for path in sorted((root / "text").glob("*.jsonl"))],
-        split="train",
-        cache_dir=str(root / "datasets" / "cache"),
-    )
-    encoded = rows.map(
-        lambda batch: {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]},
-        batched=True,
-        remove_columns=rows.column_names,
-        num_proc=shape.workers,
-    )
-    encoded.save_to_disk(str(root / "datasets" / "out"), num_proc=shape.workers)
-
-
-def _run_datatrove(root: Path, shape: BuildShape) -> None:
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.tokens import DocumentTokenizer
-
-    shutil.rmtree(root / "datatrove", ignore_errors=True)
-    LocalPipelineExecutor(
-        pipeline=[
-            JsonlReader(str(root / "text"), doc_progress=False),
-            DocumentTokenizer(
-                str(root / "datatrove" / "out"),
-                tokenizer_name_or_path=str(root / "tokenizer" / "tokenizer.json"),
-                eos_token="<|endoftext|>",  # noqa: S106
-                shuffle_documents=False,
-            ),
-        ],
-        tasks=shape.workers,
-        workers=shape.workers,
-        logging_dir=str(root / "datatrove" / "logs"),
-    ).run()
+    if done.returncode == NOT_INSTALLED:
+        raise ImportError(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        raise ValueError(f"{row} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def print_build(result: dict[str, Any]) -> None:
