@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data_pipeline.config import BPETokenizerConfig
+from data_pipeline.progress import Progress
 from data_pipeline.python_docs import docstrings, source_files
 from data_pipeline.tokenizer import save_bpe, train_bpe
 from launch.build_rows import NOT_INSTALLED
@@ -59,7 +60,12 @@ def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[s
             missing.append(
                 {"name": DATATROVE, "reason": str(error), "install": "pip install -e .[benchmark-data]"}
             )
-        seconds = take_turns(runs, repeats, torch.device("cpu"))
+        with Progress(len(runs) * (repeats + 1), "building", unit="builds") as progress:
+            seconds = take_turns(
+                {name: _counted(run, name, progress) for name, run in runs.items()},
+                repeats,
+                torch.device("cpu"),
+            )
     rows = {
         name: {
             "mb_per_s": num_bytes / 1e6 / statistics.median(times),
@@ -78,6 +84,14 @@ def benchmark_build(shape: BuildShape | None = None, repeats: int = 3) -> dict[s
         "repeats": repeats,
         "environment": describe_environment(),
     }
+
+
+def _counted(run: Callable[[], Any], name: str, progress: Progress) -> Callable[[], None]:
+    def counted() -> None:
+        run()
+        progress.update(last=name)
+
+    return counted
 
 
 def _write_corpus(root: Path, shape: BuildShape) -> int:

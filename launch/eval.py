@@ -152,11 +152,7 @@ def evaluate(
     codec = models.codec.config
     bits_per_token = sum(map(math.log2, codec.codebook_sizes)) / codec.compression_factor
     report |= {
-        "reconstruction": {
-            "token_accuracy": float(scores.sums["correct"] / scores.tokens.sum()),
-            "chunk_accuracy": float(scores.sums["correct_chunks"] / scores.sums["chunks"]),
-            "nats_per_token": report["nats_per_token"]["latent_reconstruction"],
-        },
+        "reconstruction": reconstruction_report(scores, report["nats_per_token"]["latent_reconstruction"]),
         "codebook": codebook_report(
             models, scores, dataset, validation, calibration, settings.batch_size, device, ranks
         ),
@@ -214,6 +210,21 @@ def _validation(
             reason = str(error)
     missing["calibrated rows and zero_rate"] = reason
     return None
+
+
+def reconstruction_report(scores: Scores, nats_per_token: float) -> dict[str, float]:
+    """Tokens given their codes; of an RQ-VAE also given its latents, not quantized, which tells what the resampling
+    loses from what the codebooks lose."""
+    tokens = scores.tokens.sum()
+    report = {
+        "token_accuracy": float(scores.sums["correct"] / tokens),
+        "chunk_accuracy": float(scores.sums["correct_chunks"] / scores.sums["chunks"]),
+        "nats_per_token": nats_per_token,
+    }
+    if "continuous_correct" in scores.sums:
+        report["continuous_token_accuracy"] = float(scores.sums["continuous_correct"] / tokens)
+        report["continuous_nats_per_token"] = float(scores.sums["continuous_nats"] / tokens)
+    return report
 
 
 def likelihood_report(scores: Scores, vocab_size: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from launch.report_findings import (
     extrapolated,
     race,
     uniformity,
+    unquantized,
     unsloth,
     usage,
 )
@@ -65,6 +66,7 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
     return [
         with_text("How much faster is decoding in latent space, at what loss?", headline, race),
         with_text("How far is a codec's held-out perplexity from plain AR's?", headline, against_ar),
+        with_text("Does that hold with more text, more words and longer training?", ("small",), race),
         best("Which codes can a latent model predict?", "recipes"),
         with_text(
             "What is gained in speed, and lost in quality, as K grows?", ("compression",), by_compression
@@ -90,14 +92,8 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
             lambda _: None,
             "python launch/eval_tasks.py --model runs/tiny/model",
         ),
-        Question(
-            "How much do the convolutions lose by themselves?",
-            (),
-            lambda _: None,
-            "python launch/train.py --config configs/tiny_rqvae.yaml --stage rqvae "
-            "stages.rqvae.quantizer_warmup_steps=460",
-        ),
-        with_text("Is uniform usage a goal?", ("quantizer",), uniformity),
+        with_text("How much do the convolutions lose by themselves?", ("convolutions",), unquantized),
+        with_text("Is uniform usage a goal?", ("usage", "quantizer"), uniformity),
     ]
 
 

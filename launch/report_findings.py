@@ -195,6 +195,28 @@ def uniformity(text: str, results: Mapping[str, Any]) -> Answer | None:
     )
 
 
+def unquantized(text: str, results: Mapping[str, Any]) -> Answer | None:
+    """Tokens right given latents that are not quantized, beside what is right given their codes."""
+    trials = finished(results, "continuous_accuracy", "token_accuracy")
+    if not trials:
+        return None
+    told = "; ".join(
+        f"{trial['about']}: {percent(mean(trial, 'continuous_accuracy'))} of the tokens right, "
+        f"{percent(mean(trial, 'token_accuracy'))} at {number(mean(trial, 'codes_bits_per_token'))} bits per token"
+        for trial in trials
+    )
+    lost = [1 - mean(trial, "continuous_accuracy") for trial in trials]
+    return Answer(
+        text,
+        results["sweep"],
+        f"Not quantized, and by their codes: {told}.",
+        f"{percent(min(lost))} to {percent(max(lost))} lost",
+        "none",
+        f"{trials[0]['figures']['continuous_accuracy']['n']} seed(s); of one length of training",
+        links(results, [trial["trial"] for trial in trials]),
+    )
+
+
 def unsloth(text: str, results: Mapping[str, Any]) -> Answer | None:
     """Open where there is no GPU."""
     trial = next((trial for trial in results["trials"] if trial["trial"] == "with"), None)

@@ -191,6 +191,11 @@ class _Scorer:
             self._add(name, value.double().sum())
         self._add("distortion", distortion.double())
         self._count_codes(codes[real_chunks])
+        if isinstance(models.codec, RQVAE):
+            continuous = models.codec(ids, document_ids=documents, quantize=False)
+            self._add("continuous_correct", continuous.correct.double().sum())
+            self._add("continuous_nats", continuous.nats.double().sum())
+            self._discard("decoder")
         if isinstance(models.codec, RQVAE) and self._calibration is not None:
             mean = self._calibration.mean_latent
             assert mean is not None

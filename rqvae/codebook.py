@@ -18,17 +18,18 @@ BLOCK_DISTANCES = {"cpu": 1 << 19, "cuda": 1 << 24}
 halves the time; a GPU, of whatever make, wants large products."""
 
 
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+def nearest(vectors: Tensor, codebook: Tensor, costs: Tensor | None = None) -> Tensor:
     """Index of the nearest codebook entry in Euclidean distance, the lowest index on ties.
 
     Args:
         vectors: [N, E].
         codebook: [C, E].
+        costs: [C], added to the squared distance to every entry.
 
     Returns:
         LongTensor [N].
     """
-    half_norms = codebook.square().sum(1) / 2
+    half_norms = (codebook.square().sum(1) if costs is None else codebook.square().sum(1) + costs) / 2
     limit = BLOCK_DISTANCES["cpu" if vectors.device.type == "cpu" else "cuda"]
     rows = max(1, limit // codebook.shape[0])
     # |x - c|^2 / 2 = |x|^2 / 2 - x.c + |c|^2 / 2, and the first term is the same for every code.
@@ -111,9 +112,18 @@ class Quantizer(nn.Module):
                 self._buffers[name] = before.to(after.device)
         return self
 
-    def quantize(self, vectors: Tensor) -> Tensor:
-        """Nearest code of every vector: [N, E] -> LongTensor [N]."""
-        return nearest(vectors, self.codebook)
+    def quantize(self, vectors: Tensor, nat_cost: Tensor | None = None) -> Tensor:
+        """Nearest code of every vector: [N, E] -> LongTensor [N].
+
+        Args:
+            nat_cost: [], what a nat of a code's length costs, in squared distance; a code that is a share p of all
+                is -log p nats long (entropy-constrained quantization: Chou 1989, equation 6).
+        """
+        if nat_cost is None:
+            return nearest(vectors, self.codebook)
+        # An average that has died out is 0, of infinite length.
+        usage = self.ema_cluster_size.clamp(min=1e-12)
+        return nearest(vectors, self.codebook, -nat_cost * (usage / usage.sum()).log())
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codebook entries: LongTensor [...] -> [..., E]."""
@@ -212,8 +222,8 @@ class FiniteScalarQuantizer(Quantizer):
     sizes: Tensor
     scale: Tensor
 
-    def quantize(self, vectors: Tensor) -> Tensor:
-        """Nearest grid point of every vector, dimension by dimension: [N, E] -> LongTensor [N]."""
+    def quantize(self, vectors: Tensor, nat_cost: Tensor | None = None) -> Tensor:
+        """Nearest grid point of every vector, dimension by dimension: [N, E] -> LongTensor [N]. All cost the same."""
         cells = ((vectors / self.scale + 1) * self.sizes / 2).floor().clamp(min=0).long()
         cells = torch.minimum(cells, self.sizes - 1)
         strides = self.sizes.flip(0).cumprod(0).flip(0) // self.sizes

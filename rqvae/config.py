@@ -100,6 +100,10 @@ class QuantizerConfig(StrictModel):
     beam_width: int = Field(default=1, gt=0)
     """Partial sums kept from level to level in the search for a vector's codes (multi-path encoding, Liu 2015); 1 is
     greedy. Wider finds nearer sums at as many times the cost of quantizing, and leaves decoding as it is."""
+    rate_weight: float = Field(default=0.0, ge=0)
+    """What a nat of a code's length costs in the choice of codes, relative to the mean squared distance left after its
+    level (entropy-constrained quantization: Chou 1989); the length is -log of the code's moving-average share. 0 takes
+    the nearest code. Usage grows uneven with it, so it goes with `threshold_ema_dead_code: 0`."""
     level_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a training sample is decoded from a random number of its first levels only
     (Zeghidour 2021, section III.C: quantizer dropout)."""
@@ -127,6 +131,8 @@ class QuantizerConfig(StrictModel):
             raise ValueError(
                 "beam_width: the cells of method fsq's grids are nested, there is nothing to search"
             )
+        if self.rate_weight and (self.method == "fsq" or self.beam_width > 1):
+            raise ValueError("rate_weight: needs method ema and beam_width 1")
         if self.method == "fsq" and self.shared_codebook:
             raise ValueError("shared_codebook: the grids of method fsq differ in scale by level")
         return self

@@ -82,7 +82,7 @@ class ResidualQuantizer(nn.Module):
     Attributes:
         levels: the quantizers: one per level, or a single one that serves all (`shared_codebook`).
         ema_distortion: buffer [D] fp32, moving average of the squared distance left after every level; the scale
-            of stochastic codes.
+            of stochastic codes and of what a code's length costs.
         codec_hash: of the codec that it was saved from, if it was loaded by itself.
     """
 
@@ -223,7 +223,7 @@ class ResidualQuantizer(nn.Module):
             given = self.search(residual)
         for index in range(self.num_levels):
             level = self.level(index)
-            level_codes = level.quantize(residual) if given is None else given[:, index]
+            level_codes = self._choose(index, residual) if given is None else given[:, index]
             residuals.append(residual)
             chosen.append(level_codes)
             total = total + level.embed(level_codes)
@@ -258,6 +258,11 @@ class ResidualQuantizer(nn.Module):
             commitment,
             torch.stack(distortion),
         )
+
+    def _choose(self, index: int, residual: Tensor) -> Tensor:
+        """Codes of one level by themselves: [N, E] -> LongTensor [N]."""
+        weight = self.config.rate_weight
+        return self.level(index).quantize(residual, weight * self.ema_distortion[index] if weight else None)
 
     def sample(
         self,

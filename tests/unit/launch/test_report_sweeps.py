@@ -42,8 +42,10 @@ def invented(trial: PlannedTrial) -> dict[str, Any]:
     level = {"perplexity_normalized": 0.7, "used_fraction": 0.876, "nats_per_code": 5.0}
     sizes = codec.codebook_sizes
     rate = sum(map(math.log2, sizes)) / codec.compression_factor
+    accuracy = 1 - 0.01 * codec.compression_factor
     return {
         "bits_per_byte": bits,
+        "reconstruction": {"continuous_token_accuracy": accuracy, "token_accuracy": accuracy - 0.1},
         "bits_per_byte_intervals": {name: [value - 0.1, value + 0.1] for name, value in bits.items()},
         "brier_lm": {"base_lm": 2.0, "latent": 1.0},
         "rate": {"codes_bits_per_token": rate},
@@ -67,7 +69,7 @@ def invented(trial: PlannedTrial) -> dict[str, Any]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of four sweeps, one trial of which has failed, and of Unsloth without a GPU."""
     directory = tmp_path_factory.mktemp("experiments")
-    for name in ("compression", "codebook", "quantizer", "model_size", "unsloth"):
+    for name in ("compression", "codebook", "quantizer", "model_size", "convolutions", "unsloth"):
         sweep = load_sweep(ROOT / "configs" / "sweeps" / f"{name}.yaml")
         trials = plan_trials(sweep, [f"run_root={directory}"])
         for trial in trials:
@@ -142,6 +144,9 @@ def test_answers_come_from_the_sweeps_and_from_nowhere_else(root: Path) -> None:
     assert by_k.number == "8.00 x at most"  # not the 16 times of generate
     assert answer(root, "Unsloth", "unsloth").answer == "needs a GPU to answer"
     assert answer(root, "Which quantizer", "quantizer").answer.startswith("EMA codebooks, straight-through")
+    lost = answer(root, "convolutions", "convolutions")
+    assert lost.number == "2.0 % to 16.0 % lost"
+    assert "K=4: 96.0 % of the tokens right, 86.0 % at 20.0 bits per token" in lost.answer
     assert answer(root, "8B", "model_size").number.endswith("(extrapolation)")
     for part in ("Which quantizer", "8B", "standard tasks"):
         row = answer(root, part, "compression")

@@ -29,6 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"quantizer": {"gradient": "rotation"}},
     {"quantizer": {"level_dropout": 0.5}},
     {"quantizer": {"beam_width": 3}},
+    {"quantizer": {"rate_weight": 0.3}},
     {"token_dropout": 0.3},
     {"latent_dropout": 0.3},
     {"latent_noise": 0.3},

@@ -281,6 +281,40 @@ def test_a_beam_learns_from_the_residuals_of_the_sums_it_chose() -> None:
         residual = residual - codebooks[index][codes[:, index]]
 
 
+def test_the_length_of_a_code_costs_what_the_formula_says() -> None:
+    quantizer = make((12, 7), rate_weight=0.4).eval()
+    for level in quantizer.levels:
+        level.ema_cluster_size.copy_(torch.rand(level.codebook_size) ** 4)
+    quantizer.ema_distortion.copy_(torch.tensor([3.0, 1.5]))
+    latents = torch.randn(3, 50, DIM)
+    codes = quantizer(latents, all_real(latents)).codes.flatten(0, 1)
+    nearer = make((12, 7)).eval()(latents, all_real(latents)).codes.flatten(0, 1)
+    residual = latents.flatten(0, 1).double()
+    for index, (level, distortion) in enumerate(zip(quantizer.levels, (3.0, 1.5), strict=True)):
+        lengths = -(level.ema_cluster_size / level.ema_cluster_size.sum()).double().log()
+        distances = (residual[:, None] - level.codebook.double()).square().sum(-1)
+        expected = (distances + 0.4 * distortion * lengths).argmin(1)
+        assert torch.equal(codes[:, index], expected)
+        residual = residual - level.codebook[expected].double()
+    assert (codes[:, 0] != nearer[:, 0]).float().mean() > 0.1
+
+
+def test_the_more_length_costs_the_fewer_nats_and_the_more_distortion() -> None:
+    latents = torch.randn(8, 100, DIM) * torch.tensor([3.0, 1, 1, 0.3, 0.3, 0.3])
+    nats, left = [], []
+    for weight in (0.0, 0.3, 1.0):
+        torch.manual_seed(1)
+        quantizer = make((16, 16), rate_weight=weight, ema_decay=0.9, threshold_ema_dead_code=0.0)
+        quantizer.initialize(latents.flatten(0, 1), seed=0)
+        for step in range(60):
+            out = quantizer(latents, all_real(latents))
+            quantizer.update_codebook_ema(step, seed=0)
+        nats.append(sum(float(level.compute_perplexity().log()) for level in quantizer.levels))
+        left.append(float(out.distortion[-1]))
+    assert nats[0] > nats[1] + 0.1 and nats[1] > nats[2] + 0.1
+    assert left[0] < left[1] < left[2]
+
+
 def test_embed_sums_the_levels_it_is_given() -> None:
     quantizer = make()
     codes = torch.randint(4, (2, 3, 3))
