@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
 
         Args:
             nat_cost: [], what a nat of a code's length costs, in squared distance; a code that is a share p of all
-                is -log p nats long (entropy-constrained quantization: Chou 1989, equation 6).
+                is -log p nats long (entropy-constrained quantization: Chou 1989).
         """
         if nat_cost is None:
             return nearest(vectors, self.codebook)

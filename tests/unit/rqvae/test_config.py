@@ -35,7 +35,10 @@ def test_one_codebook_size_counts_for_all_levels(make_codec_config: Callable[...
         ({"compression_factor": 0}, "greater than 0"),
         ({"codebook_sizes": 3}, "codebook_sizes"),
         ({"quantizer": {"ema_decay": 1.0}}, "less than 1"),
-        ({"quantizer": {"rate_weight": 0.1, "beam_width": 2}}, "rate_weight: needs method ema and beam_width 1"),
+        (
+            {"quantizer": {"rate_weight": 0.1, "beam_width": 2}},
+            "rate_weight: needs method ema and beam_width 1",
+        ),
     ],
 )
 def test_an_impossible_codec_is_refused(
