@@ -153,7 +153,7 @@ class BuildJob:
         self, function: Callable[[int], None], units: list[int], num_workers: int | None
     ) -> None:
         with Progress(len(units), "parts of the source", unit="parts") as progress:
-            map_in_processes(function, units, num_workers or os.cpu_count() or 1, progress)
+            map_in_processes(function, units, num_workers or len(os.sched_getaffinity(0)), progress)
 
     def merge(self) -> Manifest:
         """Moves all shards to their place and writes the manifest."""

@@ -38,7 +38,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.files import write_json
 from data_pipeline.manifest import SPLITS, load_manifest, read_json
-from data_pipeline.shard_reader import ShardReader, read_rows
+from data_pipeline.shard_reader import ShardReader, open_shards, read_rows
 from data_pipeline.shards import Group, tar_path, write_tar
 from rqvae.config import StrictModel
 
@@ -57,6 +57,16 @@ def code_shard_name(shard_index: int) -> str:
 
 def _record_path(code_directory: str | Path, split: str, shard_index: int) -> Path:
     return Path(code_directory) / split / f"{code_shard_name(shard_index)}.done.json"
+
+
+def _finished_layout(code_directory: str | Path) -> CodeLayout | None:
+    """Layout of a finished set; None where there is none, or another task that adds latents has just undone it."""
+    try:
+        return load_code_manifest(code_directory).layout
+    except (NotADatasetError, FileNotFoundError):
+        if (Path(code_directory) / CODE_MANIFEST_NAME).is_file():  # of something else
+            raise
+        return None
 
 
 def write_code_shard(
@@ -101,11 +111,10 @@ def write_code_shard(
         latent_dim=None if vectors is None else vectors.shape[-1],
         precision=precision,
     )
-    if (manifest_path := Path(code_directory) / CODE_MANIFEST_NAME).is_file():
-        there = load_code_manifest(code_directory).layout
+    if (there := _finished_layout(code_directory)) is not None:
         _check_layout(there, layout, code_directory)
         if there != layout:  # latents are added: the set is not complete until all shards have them
-            manifest_path.unlink()
+            (Path(code_directory) / CODE_MANIFEST_NAME).unlink(missing_ok=True)  # other tasks add theirs
     samples = len(token_dataset.shard_range(shard_index))
     values = np.asarray(codes)
     if values.shape != (samples, *layout.shape) or not np.issubdtype(values.dtype, np.integer):
@@ -332,7 +341,7 @@ class CodeDataset:
         self._shards = manifest.splits[token_dataset.split]
         self._folder = Path(code_directory) / token_dataset.split
         require_shards(self._folder, [shard.name for shard in self._shards], "encode")
-        self._reader = lru_cache(maxsize=256)(self._open)
+        self._reader = lru_cache(maxsize=open_shards())(self._open)
 
     def __len__(self) -> int:
         return len(self.token_dataset)

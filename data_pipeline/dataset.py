@@ -15,14 +15,12 @@ from torch import Tensor
 from data_pipeline.errors import EmptySplitError, MissingShardError
 from data_pipeline.manifest import load_manifest
 from data_pipeline.packing import LENGTH, NUM_BYTES, SEGMENT_COLUMNS, START
-from data_pipeline.shard_reader import ShardReader, read_rows, read_samples, stays_in_memory
+from data_pipeline.shard_reader import ShardReader, open_shards, read_rows, read_samples, stays_in_memory
 from data_pipeline.shards import tar_path
 
 Batch = dict[str, Tensor]
 Indices = Sequence[int] | NDArray[np.integer]
 TOKEN_ARRAYS = ("segments", "tokens")
-_OPEN_SHARDS = 256
-"""Shards kept open at a time: bounds the file descriptors, whatever the size of the dataset."""
 
 
 class TokenDataset:
@@ -71,7 +69,7 @@ class TokenDataset:
         self._first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self._stays_in_memory = stays_in_memory(sum(shard.file_bytes for shard in self.shards))
         self._check_shards()
-        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._reader = lru_cache(maxsize=open_shards())(self._open)
 
     def _check_shards(self) -> None:
         require_shards(self._folder, [shard.name for shard in self.shards], "build")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +40,30 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_once(save: Callable[[Path], object], directory: Path) -> None:
+    """A directory that appears complete or not at all; where several tasks write the same one, the first stays.
+
+    Args:
+        save: fills the directory that it is given, which is not there yet.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        written = partial / directory.name  # mkdtemp's own folder is closed to everyone else
+        save(written)
+        for path in written.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        try:
+            written.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+        sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def canonical_json(value: Any) -> str:

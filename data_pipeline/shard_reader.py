@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,8 +26,29 @@ _READ_AROUND = 1 << 18
 _SHARE_OF_MEMORY = 4
 """Shards of less than this fraction of the machine's memory are taken to stay in it."""
 
+_SHARE_OF_FILES = 32
+"""A dataset keeps as many shards open as this fraction of the files that the process may: a shard has two, codes lie
+beside tokens, and there may be several sources."""
+_OPEN_SHARDS = range(16, 257)
+"""Fewest and most of them."""
+
 Places = tuple[int, ...]
 """Offset, size and crc32 of a sample's rows of every array, the arrays in the order of their names."""
+
+
+def open_shards() -> int:
+    """Shards that a dataset may keep open. The soft limit on the process's open files, often 1,024, becomes the hard
+    one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):  # not allowed here: then with what there is
+            pass
+    if soft == resource.RLIM_INFINITY:
+        return _OPEN_SHARDS[-1]
+    return min(max(soft // _SHARE_OF_FILES, _OPEN_SHARDS[0]), _OPEN_SHARDS[-1])
 
 
 class ShardReader:

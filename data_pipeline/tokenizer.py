@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +13,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, pr
 
 from data_pipeline.config import BPETokenizerConfig, PretrainedTokenizerConfig
 from data_pipeline.errors import NotADatasetError, SourceError
-from data_pipeline.files import sha256_file, sha256_json, sync_directory
+from data_pipeline.files import save_once, sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -163,15 +160,13 @@ def save_bpe(tokenizer: Tokenizer, directory: Path) -> None:
     """Writes a trained tokenizer so that `AutoTokenizer.from_pretrained` loads it."""
     from transformers import PreTrainedTokenizerFast
 
-    _save(
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token=EOS_TOKEN,
-            pad_token=PAD_TOKEN,
-            clean_up_tokenization_spaces=False,
-        ),
-        directory,
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
     )
+    save_once(fast.save_pretrained, directory)
 
 
 def copy_pretrained(config: PretrainedTokenizerConfig, directory: Path) -> None:
@@ -194,24 +189,4 @@ def copy_pretrained(config: PretrainedTokenizerConfig, directory: Path) -> None:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _save(tokenizer, directory)
-
-
-def _save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Appears complete or not at all; where several tasks write the same one, the first stays."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".tokenizer.", dir=directory.parent))
-    try:
-        written = partial / "tokenizer"  # mkdtemp's own folder is closed to everyone else
-        tokenizer.save_pretrained(str(written))
-        for path in written.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        try:
-            written.rename(directory)
-        except OSError:
-            if not (directory / "tokenizer.json").is_file():
-                raise
-        sync_directory(directory.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    save_once(tokenizer.save_pretrained, directory)

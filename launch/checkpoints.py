@@ -59,14 +59,11 @@ class Checkpoint:
 
 
 def find_complete(root: Path) -> list[Checkpoint]:
-    """All complete checkpoints below `root`, oldest first; directories without a valid mark are ignored."""
+    """All complete checkpoints below `root`, oldest first; those that are damaged are left out."""
     found = []
     for mark in sorted(root.glob(f"step-*/{COMPLETE}")):
         content = json.loads(mark.read_text())
-        files = content["files"]
-        if all((mark.parent / name).is_file() for name in files) and all(
-            (mark.parent / name).stat().st_size == size for name, size in files.items()
-        ):
+        if _damage(mark.parent, content["files"]) is None:
             found.append(
                 Checkpoint(
                     mark.parent,
@@ -79,6 +76,21 @@ def find_complete(root: Path) -> list[Checkpoint]:
     return found
 
 
+def find_damaged(root: Path) -> dict[Path, str]:
+    """Checkpoints below `root` that were complete once, oldest first, and the first file that each lacks now."""
+    marks = sorted(root.glob(f"step-*/{COMPLETE}"))
+    damage = {mark.parent: _damage(mark.parent, json.loads(mark.read_text())["files"]) for mark in marks}
+    return {directory: file for directory, file in damage.items() if file is not None}
+
+
+def _damage(directory: Path, files: dict[str, int]) -> str | None:
+    """The first of these files that is missing or has another size; None where there is none."""
+    for name, size in files.items():
+        if not (directory / name).is_file() or (directory / name).stat().st_size != size:
+            return name
+    return None
+
+
 def newest(root: Path) -> Checkpoint | None:
     """The newest complete checkpoint, or None."""
     complete = find_complete(root)
@@ -87,15 +99,35 @@ def newest(root: Path) -> Checkpoint | None:
 
 def start_from(root: Path) -> Checkpoint | None:
     """The newest complete checkpoint, chosen by the first rank for all; what a killed run left of one that it was
-    writing is removed. For the holder of the run's lock only."""
+    writing is removed. For the holder of the run's lock only.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged: training from the start would write over them.
+    """
     chosen: list[Checkpoint | None] = [None]
+    damaged: list[dict[Path, str]] = [{}]
     if not dist.is_initialized() or dist.get_rank() == 0:
         for directory in root.glob("step-*"):
             if not (directory / COMPLETE).exists():
                 shutil.rmtree(directory)
         chosen[0] = newest(root)
+        damaged[0] = find_damaged(root)
+        for directory, file in damaged[0].items():
+            if chosen[0] is not None and directory > chosen[0].directory:
+                print(
+                    f"warning: checkpoint '{directory}' is damaged ('{file}' is missing or cut); going on from "
+                    f"'{chosen[0].directory}' before it",
+                    flush=True,
+                )
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, src=0)
+        dist.broadcast_object_list(damaged, src=0)
+    if chosen[0] is None and damaged[0]:
+        told = ", ".join(f"'{directory.name}' ('{file}')" for directory, file in damaged[0].items())
+        raise ValueError(
+            f"every checkpoint in '{root}' is damaged, files are missing or cut: {told}. Restore them, or remove "
+            "the directory to start afresh"
+        )
     return chosen[0]
 
 

@@ -172,7 +172,7 @@ def _decoded(
             else:
                 out = zero_rate(vae, mean, input_ids, documents)
         return watched.take()[0].double().sum(1), out.correct.view_as(real) & real
-    logits = vae.decode(codes, chunks)
+    logits = vae.decode(codes, chunks).float()
     nats = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none") * real
     return nats.double().sum()[None], (logits.argmax(-1) == input_ids) & real
 

@@ -34,6 +34,7 @@ from launch.compute_report import compute_report
 from launch.config import EvaluationConfig, load_measurement
 from launch.environment import describe_environment
 from launch.intervals import bootstrap
+from launch.layout import check_grid
 from launch.precision import add_precision
 from launch.prompt_lengths import by_prompt_length
 from launch.ranks import Ranks, join_ranks, leave_ranks
@@ -120,6 +121,7 @@ def evaluate(
     tokenizer = load_tokenizer(data)
     models = load_models(model, dataset.eos_token_id, device, identity, precision)
     check_vocabulary(dataset, models.codec.config.backbone.architecture)
+    check_grid(dataset, data, models.codec.config.compression_factor)
     missing = dict(models.missing)
     if not isinstance(models.codec, RQVAE):
         model_name = models.codec.config.model

@@ -30,6 +30,7 @@ from launch.ranks import Ranks
 from launch.sampling import continue_with_base_lm
 from launch.scored_models import Pair
 from rqvae import BaseLM, LatentGenerator, latent_bound
+from rqvae.token_codec import TokenCodec
 
 DEFAULT_NEW_TOKENS = 128
 """Of `generate_until` where a task does not say."""
@@ -107,6 +108,8 @@ class BaseLMScorer(TokenScorer):
 class LatentScorer(TokenScorer):
     """A codec and its latent model: bounds.
 
+    Where codes are not tokens, those of an answer's last chunk are paid for whole, however little of it is filled.
+
     Raises:
         ValueError: the codec sees the future, so that the codes of a context would tell its continuation.
     """
@@ -122,7 +125,12 @@ class LatentScorer(TokenScorer):
         factor = self._pair.codec.config.compression_factor
         rows = [(-len(r.context) % factor, r.context + r.continuation) for r in requests]
         bound = latent_bound(*self._pair, *_padded(rows, factor, self._pair.latent_model.device))
-        codes, tokens = bound.code_nats.double().sum(-1), bound.token_nats.double()
+        codes, tokens = bound.code_nats.double(), bound.token_nats.double()
+        if isinstance(self._pair.codec, TokenCodec):
+            # The answer's length says which places of its last chunk hold nothing. Charging for them would favour
+            # answers that end with a chunk: no text that the model was trained on stops inside of one.
+            codes = codes * (bound.codes < self._pair.codec.absent)
+        codes = codes.sum(-1)
         starts = [-(-len(request.context) // factor) for request in requests]
         return [
             Score(float(codes[row, start:].sum() + tokens[row, start * factor :].sum()))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from data_pipeline.code_manifest import Precision
 from launch.precision import placed
 from rqvae import LatentGenerator, load_codec, load_latent_model
+from rqvae.generation_checks import compile_depth_loop
 from rqvae.linear_head import LinearHead
 
 
@@ -36,11 +37,13 @@ def load_generator(
     codec, latent_model = load_codec(directory / "rqvae"), load_latent_model(directory / "rq_transformer")
     # It compares the codec with the codes' hash, so weights become integers afterwards.
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-    generator = LatentGenerator(codec, latent_model, tokenizer, compile)
+    generator = LatentGenerator(codec, latent_model, tokenizer)
     for model in (codec, latent_model):
         placed(model, device, precision)
         if int8:
             quantize_weights(model)
+    if compile:  # only now: what it needs depends on the device
+        compile_depth_loop(latent_model)
     return generator
 
 

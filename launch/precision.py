@@ -29,4 +29,15 @@ def placed(model: Model, device: torch.device, precision: Precision) -> Model:
     """The model on the device, in the precision; codebooks stay fp32, and a codec keeps the hash that it has now."""
     if isinstance(model, Codec) and precision != "fp32":
         model.keep_hash()
-    return model.to(device=device, dtype=DTYPES[precision])
+    return converted(model, device, DTYPES[precision])
+
+
+def converted(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
+    """The model on the device, in the type; frequencies of rotary embeddings stay fp32, as they were in training: in
+    bf16 late positions turn elsewhere."""
+    frequencies = {name: kept for name, kept in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(device=device, dtype=dtype)
+    for name, kept in frequencies.items():
+        module, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(module), buffer, kept.to(device))
+    return model

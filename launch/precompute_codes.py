@@ -24,9 +24,11 @@ import torch
 from data_pipeline import TokenDataset, code_shard_is_done, finish_codes, write_code_shard
 from data_pipeline.code_manifest import Precision
 from data_pipeline.errors import MissingShardError
+from data_pipeline.files import save_once
 from data_pipeline.progress import Progress
 from launch.compatibility import check_vocabulary
 from launch.config import RunConfig, load_config
+from launch.layout import check_layout
 from launch.paths import TRAINING_SPLITS, codes_directory, model_directory, source_directories
 from launch.precision import add_precision, placed
 from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
@@ -73,8 +75,8 @@ def codec_of(config: RunConfig, checkpoint: Path | None) -> Codec:
             raise ValueError("--checkpoint: the identity codec has none; leave it out")
         codec, directory = IdentityCodec(config.codec), model_directory(config) / "rqvae"
         if not (directory / "config.json").is_file():
-            codec.save_pretrained(directory)
-        elif load_codec(directory).codec_hash() != codec.codec_hash():
+            save_once(codec.save_pretrained, directory)
+        if load_codec(directory).codec_hash() != codec.codec_hash():
             raise ValueError(
                 f"'{directory}' holds another codec; give this project a name of its own (name=...)"
             )
@@ -110,6 +112,11 @@ def encode(config: RunConfig, codec: Codec, job: EncodingJob) -> None:
             )
         keep_quantizer(codec, codec_hash, codes_directory(config) / "quantizer")
     placed(codec, DEVICE, job.precision)
+    for tokens, _ in source_directories(config).values():
+        for split in TRAINING_SPLITS:  # all, before any is encoded: an empty one would fail after the others
+            dataset = TokenDataset(tokens, split)
+            check_layout(dataset, tokens, config)
+            check_vocabulary(dataset, codec.config.backbone.architecture)
     for tokens, output in source_directories(config).values():
         encode_source(tokens, output, codec, codec_hash, job)
 
@@ -118,7 +125,6 @@ def encode_source(tokens: Path, output: Path, codec: Codec, codec_hash: str, job
     """`encode` for one directory of token shards."""
     for split in TRAINING_SPLITS:
         dataset = TokenDataset(tokens, split)
-        check_vocabulary(dataset, codec.config.backbone.architecture)
         shards = range(job.task_index, len(dataset.shards), job.num_tasks)
         total = sum(len(dataset.shard_range(shard)) for shard in shards)
         progress = Progress(total, f"encode {split}", unit="samples")
@@ -173,8 +179,8 @@ def keep_quantizer(codec: RQVAE, codec_hash: str, directory: Path) -> None:
         ValueError: there is another codec's.
     """
     if not (directory / "config.json").is_file():
-        codec.quantizer.save_pretrained(directory, codec_hash)
-    elif ResidualQuantizer.from_pretrained(directory).codec_hash != codec_hash:
+        save_once(lambda place: codec.quantizer.save_pretrained(place, codec_hash), directory)
+    if ResidualQuantizer.from_pretrained(directory).codec_hash != codec_hash:
         raise ValueError(
             f"'{directory.parent}' holds the codes of another codec; encode into another project (name=...)"
         )

@@ -23,6 +23,7 @@ from data_pipeline import load_tokenizer
 from launch.config import RunConfig
 from launch.latent_model import latent_model_config
 from launch.parameters import parameters_without_storage
+from launch.precision import converted
 from rqvae import RQVAE, IdentityCodec, LatentGenerator, RQTransformer, load_codec, load_latent_model
 from rqvae.backbone import huggingface_config
 from rqvae.config import ArchitectureConfig, RQTransformerConfig, RQVAEConfig
@@ -262,7 +263,7 @@ def _generator(directory: Path, tokenizer: Any, dtype: torch.dtype, device: torc
         load_codec(directory / "rqvae"), load_latent_model(directory / "rq_transformer"), tokenizer
     )
     for model in (generator.vae, generator.rq_transformer):
-        model.to(device=device, dtype=dtype)
+        converted(model, device, dtype)
     return generator
 
 

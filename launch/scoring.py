@@ -226,7 +226,7 @@ class _Scorer:
         """Nats [B, T] or [B, S], 0 at padding, added up by piece of a document."""
         owners = self._owners
         if nats.numel() != owners.numel():
-            owners = chunk_documents(owners, self._factor)
+            owners = chunk_documents(owners, owners.numel() // nats.numel())
         totals = torch.zeros(len(self._pieces[-1]) + 1, dtype=torch.float64, device=owners.device)
         totals.index_add_(0, owners.flatten(), nats.flatten().double())
         self._nats.setdefault(name, []).append(totals[1:].cpu().numpy())

@@ -16,6 +16,7 @@ from data_pipeline.code_manifest import CodeShardEntry, load_code_manifest
 from data_pipeline.errors import NotADatasetError
 from data_pipeline.manifest import ShardEntry, load_manifest
 from launch.config import RunConfig, check_world_size
+from launch.layout import check_layout
 from launch.paths import TRAINING_SPLITS, run_directory, source_directories
 
 GIB = 1 << 30
@@ -30,9 +31,15 @@ def check_data(config: RunConfig) -> None:
     """
     for tokens, codes in source_directories(config).values():
         manifest = load_manifest(tokens)
+        check_layout(manifest, tokens, config)
         streaming = config.train.streaming
         elsewhere = ("train",) if streaming is not None and streaming.url is not None else ()
         for split in (split for split in TRAINING_SPLITS if split not in elsewhere):
+            if not manifest.splits[split].samples:
+                raise ValueError(
+                    f"the token shards in '{tokens}' have no samples of the split {split!r}: build with a larger "
+                    f"data.{split}_fraction, or from more text"
+                )
             _check_files(tokens / split, manifest.splits[split].shards, "submit --job build_data")
         if config.stage != "rq_transformer":
             continue
@@ -44,6 +51,10 @@ def check_data(config: RunConfig) -> None:
         if made.layout.token_fingerprint != manifest.fingerprint:
             raise ValueError(
                 f"the codes in '{codes}' are of other tokens than those in '{tokens}'; {again} first"
+            )
+        if config.train.stochastic_codes and made.layout.latent_dim is None:
+            raise ValueError(
+                f"the codes in '{codes}' are without the latents that stochastic codes are drawn from; {again} first"
             )
         for split, shards in made.splits.items():
             _check_files(codes / split, shards, again)

@@ -3,7 +3,8 @@
     python launch/submit.py --config configs/qwen3_8b.yaml --nodes 8 [--stage rqvae] [--dry-run] [a.b=value ...]
     python launch/submit.py --config configs/qwen3_8b.yaml --job build_data | precompute_codes | pipeline
 
-Arrays have a task for each part of the source or shard, and only tasks with something left to do are submitted.
+Arrays have a task for each part of the source or shard, and only tasks with something left to do are submitted. With
+data.deduplicate the duplicates are found first, in jobs of their own.
 `--sbatch OPTION` passes an option on, e.g. `--sbatch=--time=8:00:00`. Free of torch.
 """
 
@@ -79,7 +80,7 @@ def training_job(path: str, stage: str, overrides: list[str], options: list[str]
 
 
 def build_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
-    """An array that builds what is missing, and the merge.
+    """An array that builds what is missing, and the merge; before them, where it is needed, `duplicate_jobs`.
 
     Args:
         args: `config`, `overrides`, `max_tasks`, `at_once` and `sbatch` of a command line.
@@ -94,7 +95,28 @@ def build_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
         return [] if done else [merge]
     tasks = ["--num-tasks", str(num_tasks), *ours]
     options = [array(missing, args.at_once), *args.sbatch]
-    return [Job("build_data", "build_data.sh", tasks, options), merge]
+    build = Job("build_data", "build_data.sh", tasks, options)
+    return [*duplicate_jobs(config, args, num_tasks, ours), build, merge]
+
+
+def duplicate_jobs(
+    config: RunConfig, args: argparse.Namespace, num_tasks: int, words: list[str]
+) -> list[Job]:
+    """An array that hashes what is missing, and the merge; none where no duplicates have to be looked for.
+
+    Args:
+        args: as for `build_jobs`.
+        words: configuration and overrides of the data.
+    """
+    missing = array_tasks.missing_duplicate_tasks(config.data, num_tasks)
+    if missing is None:
+        return []
+    merge = Job("merge_duplicates", "build_data.sh", ["deduplicate", "--merge", *words], args.sbatch)
+    if not missing:
+        return [merge]
+    tasks = ["deduplicate", "--num-tasks", str(num_tasks), *words]
+    options = [array(missing, args.at_once), *args.sbatch]
+    return [Job("deduplicate", "build_data.sh", tasks, options), merge]
 
 
 def code_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
@@ -103,14 +125,17 @@ def code_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
     Args:
         args: `config`, `overrides`, `max_tasks`, `at_once`, `precision` and `sbatch` of a command line.
     """
+    with_latents = config.for_stage("rq_transformer").train.stochastic_codes
     num_tasks = array_tasks.num_code_tasks(config, args.max_tasks)
-    missing = array_tasks.missing_code_tasks(config, num_tasks)
+    missing = array_tasks.missing_code_tasks(
+        config, num_tasks, with_latents=with_latents, precision=args.precision
+    )
     if not missing:
         return []
     codec = (
         [] if config.codec.model == "identity" else ["--checkpoint", str(model_directory(config) / "rqvae")]
     )
-    latents = ["--latents"] if config.for_stage("rq_transformer").train.stochastic_codes else []
+    latents = ["--latents"] if with_latents else []
     how = [*latents, "--precision", args.precision, "--num-tasks", str(num_tasks)]
     words = ["--config", args.config, *codec, *how, *args.overrides]
     options = [array(missing, args.at_once), *args.sbatch]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline import CodeDataset, MixtureDataset, TokenDataset
 from launch.config import RunConfig
+from launch.layout import check_layout
 from launch.loading import reading_directories
 from launch.paths import source_directories
 from rqvae.persistence import load_tensors
@@ -76,6 +77,8 @@ class Task(ABC):
             ValueError: says what does not fit and what to do.
         """
         for part in dataset.parts.values() if isinstance(dataset, MixtureDataset) else [dataset]:
+            tokens = part.token_dataset if isinstance(part, CodeDataset) else part
+            check_layout(tokens, tokens.directory, self.config)
             self.check_part(part)
 
     def check_part(self, dataset: Part) -> None:

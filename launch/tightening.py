@@ -83,6 +83,7 @@ def single_documents(
         tokens = dataset.read([sample])["input_ids"][0]
         for segment in dataset.read_segments([sample])[0][: count - row]:
             start, phase, length = (int(segment[column]) for column in (START, PHASE, LENGTH))
+            phase %= factor  # of the shards' grid, which may be coarser: whole chunks of nothing are left out
             ids[row, phase : phase + length] = tokens[start : start + length]
             documents[row, phase : phase + length] = 1
             row += 1

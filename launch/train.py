@@ -100,6 +100,7 @@ def train(config: RunConfig, directory: Path, rank: int, world_size: int, device
         resume.refuse_other_run(directory, resumed, config, precision, dataset.fingerprint)
         if resumed is None:
             task.check_data(dataset)
+            task.dataset("validation")  # which may be empty or missing: not only after `eval_every` steps
         return dataset
 
     dataset = on_all_ranks(open_data)

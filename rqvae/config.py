@@ -101,10 +101,10 @@ class QuantizerConfig(StrictModel):
     """Partial sums kept from level to level in the search for a vector's codes (multi-path encoding, Liu 2015); 1 is
     greedy. Wider finds nearer sums at as many times the cost of quantizing, and leaves decoding as it is."""
     rate_weight: float = Field(default=0.0, ge=0)
-    """What a nat of a code's length costs in the choice of codes, relative to the mean squared distance left after
-    its level (entropy-constrained vector quantization: Chou, Lookabaugh and Gray 1989); the length is -log of the
-    code's moving-average share. 0 takes the nearest code. Usage grows uneven with it, so it goes with
-    `threshold_ema_dead_code: 0`."""
+    """What a nat of a code's length costs in the choice of codes, relative to the mean squared distance that the
+    nearest codes of the first level leave (entropy-constrained vector quantization: Chou, Lookabaugh and Gray 1989);
+    the length is -log of the code's moving-average share. 0 takes the nearest code. Usage grows uneven with it, so it
+    goes with `threshold_ema_dead_code: 0`."""
     level_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a training sample is decoded from a random number of its first levels only
     (Zeghidour 2021, section III.C: quantizer dropout)."""

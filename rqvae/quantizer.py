@@ -81,8 +81,9 @@ class ResidualQuantizer(nn.Module):
 
     Attributes:
         levels: the quantizers: one per level, or a single one that serves all (`shared_codebook`).
-        ema_distortion: buffer [D] fp32, moving average of the squared distance left after every level; the scale
-            of stochastic codes and of what a code's length costs.
+        ema_distortion: buffer [D] fp32, moving average of the squared distance that the nearest codes leave after
+            every level; the scale of stochastic codes and of what a code's length costs. Never that of codes which
+            were drawn, or chosen for their length: the scale would grow by what it causes, until all codes are one.
         codec_hash: of the codec that it was saved from, if it was loaded by itself.
     """
 
@@ -243,7 +244,11 @@ class ResidualQuantizer(nn.Module):
             else:
                 rows = torch.nonzero(real).squeeze(1)
                 seen, seen_codes = [level_residual[rows] for level_residual in residuals], all_codes[rows]
-            self._pending.append((seen, seen_codes, torch.stack(distortion)))
+            is_nearest = codes is None and not self.config.rate_weight
+            scale = (
+                torch.stack(distortion) if is_nearest else self._nearest_distortion(vectors.detach(), real)
+            )
+            self._pending.append((seen, seen_codes, scale))
         if kept_levels is None:
             kept = total
         if self.config.method == "fsq":
@@ -259,10 +264,20 @@ class ResidualQuantizer(nn.Module):
             torch.stack(distortion),
         )
 
+    def _nearest_distortion(self, vectors: Tensor, real: Tensor) -> Tensor:
+        """[D] sum over real vectors [N, E] of the squared distance left after every level, by the nearest codes."""
+        left = []
+        for index in range(self.num_levels):
+            level = self.level(index)
+            vectors = vectors - level.embed(level.quantize(vectors))
+            left.append((vectors.square().sum(1) * real).sum())
+        return torch.stack(left)
+
     def _choose(self, index: int, residual: Tensor) -> Tensor:
         """Codes of one level by themselves: [N, E] -> LongTensor [N]."""
         weight = self.config.rate_weight
-        return self.level(index).quantize(residual, weight * self.ema_distortion[index] if weight else None)
+        # A nat costs the same at all levels: the sum of distortion and cost is what is to be small.
+        return self.level(index).quantize(residual, weight * self.ema_distortion[0] if weight else None)
 
     def sample(
         self,

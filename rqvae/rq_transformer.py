@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -135,7 +136,11 @@ class SpatialTransformer(nn.Module):
         embedded = None
         if self.embedding is not None:
             embedded = self.embedding(codes)
-            embedded = embedded.sum(-2) if self.join is None else self.join(embedded.flatten(-2))
+            if self.join is None:
+                embedded = embedded.sum(-2)
+            else:  # levels that were left out are nothing, as in a sum
+                embedded = embedded.flatten(-2)
+                embedded = self.join(F.pad(embedded, (0, self.join.in_features - embedded.shape[-1])))
         if self.chunk_embedding is not None:
             assert input_ids is not None
             if is_token is None:

@@ -5,8 +5,9 @@
 
 # The environment of the project, or modules.
 # module load cuda/12.8
+# (From where the job was submitted: RQVAE_CODE may be a snapshot of the program, without an environment.)
 # shellcheck source=/dev/null
-source "$RQVAE_CODE/.venv/bin/activate"
+source "$SLURM_SUBMIT_DIR/.venv/bin/activate"
 
 # Places. TMPDIR is the node-local scratch; the caches should not fill a home directory.
 # export TMPDIR=/scratch/$USER

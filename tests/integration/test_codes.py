@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from launch import eval, precompute_codes
 from launch.config import RunConfig, load_config
 from launch.latent_task import RQTransformerTask
 from launch.paths import codes_directory, model_directory
-from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec
+from rqvae import RQVAE, IdentityCodec, ResidualQuantizer, load_codec, persistence
 from tests.integration.conftest import NANO, run
 
 
@@ -143,6 +144,71 @@ def test_the_identity_codec_is_made_on_the_spot(
         assert message in capsys.readouterr().err
     assert precompute_codes.main(["--config", str(NANO), *project]) == 2
     assert "the model directory of the codec is needed" in capsys.readouterr().err
+
+
+class OtherTask:
+    """Takes part while a task is writing: half of what it writes is there, then the other's is, whole."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: Path, comes_first: Callable[[], Any]) -> None:
+        save_config = persistence.save_config
+        monkeypatch.setattr(persistence, "save_config", self)
+        self._save_config, self._place, self._comes_first = save_config, place, comes_first
+        self.calls = 0
+
+    def __call__(self, *arguments: Any) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            assert not self._place.exists()  # nothing half written, which the other would read
+            self._comes_first()
+        self._save_config(*arguments)
+
+
+def untrained_codec(temperature: float) -> RQVAE:
+    torch.manual_seed(0)
+    overrides = ["data.source.paths=none", f"codec.quantizer.code_temperature={temperature}"]
+    return RQVAE(load_config(NANO, overrides=overrides).codec)
+
+
+@pytest.mark.parametrize("other", ["the same codec", "another codec"])
+def test_two_tasks_keep_the_quantizer_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    directory = tmp_path / "codes" / "quantizer"
+    codec, others = untrained_codec(1.0), untrained_codec(1.0 if other == "the same codec" else 2.0)
+    others_hash = others.codec_hash()
+    task = OtherTask(
+        monkeypatch, directory, lambda: precompute_codes.keep_quantizer(others, others_hash, directory)
+    )
+    if other == "the same codec":
+        precompute_codes.keep_quantizer(codec, codec.codec_hash(), directory)
+    else:
+        with pytest.raises(ValueError, match="holds the codes of another codec"):
+            precompute_codes.keep_quantizer(codec, codec.codec_hash(), directory)
+    assert task.calls == 2
+    assert ResidualQuantizer.from_pretrained(directory).codec_hash == others_hash
+    assert [path.name for path in directory.parent.iterdir()] == ["quantizer"]
+    precompute_codes.keep_quantizer(others, others_hash, directory)
+    assert task.calls == 2
+
+
+@pytest.mark.parametrize("other", ["the same codec", "another codec"])
+def test_two_tasks_make_the_identity_codec_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    overrides = identity(["data.source.paths=none"], tmp_path)
+    config = load_config(NANO, overrides=overrides)
+    factor = 4 if other == "the same codec" else 2
+    others = load_config(NANO, overrides=[*overrides, f"codec.compression_factor={factor}"])
+    directory = model_directory(config) / "rqvae"
+    task = OtherTask(monkeypatch, directory, lambda: precompute_codes.codec_of(others, None))
+    if other == "the same codec":
+        assert isinstance(precompute_codes.codec_of(config, None), IdentityCodec)
+    else:
+        with pytest.raises(ValueError, match="holds another codec"):
+            precompute_codes.codec_of(config, None)
+    assert task.calls == 2
+    assert load_codec(directory).config.compression_factor == factor
+    assert [path.name for path in directory.parent.iterdir()] == ["rqvae"]
 
 
 @pytest.mark.slow

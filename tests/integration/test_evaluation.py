@@ -55,6 +55,7 @@ def project(nano_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
         overrides=[
             *nano_data,
             "codec.model=identity",
+            "codec.compression_factor=2",  # not that of the codec beside it
             "codec.codebook_levels=null",
             "codec.codebook_size=null",
         ],

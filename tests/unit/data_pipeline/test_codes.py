@@ -30,6 +30,7 @@ from data_pipeline.errors import (
     NotADatasetError,
 )
 from data_pipeline.files import write_json
+from data_pipeline.manifest import read_json
 from data_pipeline.verification import verify
 
 SIZES = (16, 300)
@@ -334,6 +335,33 @@ def test_latents_that_are_not_there_are_a_clear_error(built: Path, codes: Path) 
     assert not code_shard_is_done(
         codes, "train", 0, token_fingerprint=tokens.fingerprint, codec_hash=CODEC, with_latents=True
     )
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "before it is removed"])
+def test_another_task_that_adds_latents_takes_the_manifest_away(
+    built: Path, codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    directory = Path(shutil.copytree(codes, tmp_path / "copy"))
+    manifest, tokens = directory / CODE_MANIFEST_NAME, TokenDataset(built, "train")
+
+    def read(path: Path) -> Any:
+        if moment == "before it is read":
+            manifest.unlink()
+        values = read_json(path)
+        manifest.unlink()
+        return values
+
+    monkeypatch.setattr("data_pipeline.code_manifest.read_json", read)
+    write(directory, tokens, 0, latents=latents_of(tokens.shard_range(0)))
+    assert code_shard_is_done(
+        directory, "train", 0, token_fingerprint=tokens.fingerprint, codec_hash=CODEC, with_latents=True
+    )
+
+
+def test_a_manifest_of_something_else_is_not_passed_over(built: Path, tmp_path: Path) -> None:
+    (tmp_path / CODE_MANIFEST_NAME).write_text("{}")
+    with pytest.raises(NotADatasetError, match="not the manifest of codes"):
+        write(tmp_path, TokenDataset(built, "train"), 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,18 @@ def test_all_errors_are_value_errors() -> None:
 
 def test_a_dataset_can_be_moved(built: Path, copy: Path) -> None:
     assert TokenDataset(built, "train").fingerprint == TokenDataset(copy, "train").fingerprint
+
+
+def test_open_shards_follow_the_limits_of_the_process() -> None:
+    code = """
+import resource, sys
+from data_pipeline.shard_reader import open_shards
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for wanted, expected in ((1 << 13, 256), (2048, 64), (100, 16)):
+    if resource.RLIM_INFINITY != hard < wanted:
+        continue
+    resource.setrlimit(resource.RLIMIT_NOFILE, (50, wanted))
+    assert open_shards() == expected, (wanted, open_shards())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, wanted)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -42,6 +42,32 @@ def test_nothing_complete_says_what_is_there(tmp_path: Path) -> None:
         checkpoints.require_newest(tmp_path)
 
 
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, 10)
+    (write_checkpoint(tmp_path, 20) / "weights.pt").unlink()
+    found = checkpoints.start_from(tmp_path)
+    assert found is not None and found.state.step == 10
+    told = capsys.readouterr().out
+    assert "step-00000020' is damaged ('weights.pt' is missing or cut); going on from" in told
+    assert "step-00000010' before it" in told
+    write_checkpoint(tmp_path, 30)
+    assert checkpoints.start_from(tmp_path) is not None
+    assert capsys.readouterr().out == ""  # nothing is lost by an older one
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path: Path) -> None:
+    assert checkpoints.start_from(tmp_path) is None  # nor is a new run refused
+    write_checkpoint(tmp_path, 10, size=9)
+    (write_checkpoint(tmp_path, 20) / "weights.pt").unlink()
+    with pytest.raises(
+        ValueError, match=r"every checkpoint .* 'step-00000010' \('weights.pt'\), 'step-00000020'"
+    ):
+        checkpoints.start_from(tmp_path)
+    assert (tmp_path / "step-00000010/weights.pt").is_file()
+
+
 def test_what_is_kept() -> None:
     def checkpoint(step: int, is_ephemeral: bool = False) -> checkpoints.Checkpoint:
         state = checkpoints.RunState(**{**STATE, "step": step})  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launch import eval_tasks
-from rqvae import RQVAE, BaseLM, RQTransformer, RQTransformerConfig, RQVAEConfig, latent_bound
+from rqvae import RQVAE, BaseLM, IdentityCodec, RQTransformer, RQTransformerConfig, RQVAEConfig, latent_bound
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
@@ -121,6 +121,30 @@ def test_scores_do_not_depend_on_the_batch(project: Path) -> None:
     whole = BaseLMScorer(base_lm).score([Request([], [5, 6, 7, 8, 9])])[0]
     parts = BaseLMScorer(base_lm).score([Request([], [5, 6, 7]), Request([5, 6, 7], [8, 9])])
     assert whole.nats == pytest.approx(sum(part.nats for part in parts), abs=1e-4)
+
+
+def test_an_answer_does_not_pay_for_the_places_behind_it() -> None:
+    """Tokens as codes: the nats of an answer's tokens, wherever in a chunk it ends."""
+    from launch.harness import LatentScorer, Request
+    from launch.scored_models import Pair
+
+    torch.manual_seed(0)
+    codec = IdentityCodec(
+        RQVAEConfig.model_validate(
+            {"model": "identity", "backbone": {"architecture": ARCHITECTURE}, "compression_factor": 4}
+        )
+    )
+    shape = {"spatial_dim": 32, "spatial_layers": 1, "depth_dim": 32, "depth_layers": 1, "head_dim": 16}
+    config = {**shape, "compression_factor": 4, "codebook_levels": 4, "codebook_size": 258}
+    latent_model = RQTransformer(RQTransformerConfig.model_validate(config)).eval()
+    scorer = LatentScorer(Pair(codec, latent_model), byte_tokenizer())
+    context, answer = [7, 8, 9], [20, 21, 22, 23, 24, 25, 26, 27]
+    ids = torch.tensor([[0, *context, *answer]])
+    whole = latent_bound(codec, latent_model, ids, (torch.arange(12) > 0)[None].long())
+    whole = whole.code_nats[0, 1:].flatten()
+    for length in range(1, 9):
+        score = scorer.score([Request(context, answer[:length])])[0]
+        assert score.nats == pytest.approx(float(whole[:length].sum()), rel=1e-5)
 
 
 def test_what_generation_writes_is_greedy(project: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 
 from data_pipeline import TokenDataset, finish_codes, write_code_shard
-from data_pipeline.builder import build, build_task
+from data_pipeline.__main__ import main as data_pipeline_main
+from data_pipeline.builder import build, build_task, deduplicate_task
+from data_pipeline.config import JsonlSource
+from data_pipeline.manifest import load_manifest
 from launch import submit
 from launch.array_tasks import missing_build_tasks, missing_code_tasks, num_build_tasks, num_code_tasks
 from launch.config import RunConfig, load_config
 from launch.loading import reading_directories
-from launch.paths import TRAINING_SPLITS, codes_directory
+from launch.paths import TRAINING_SPLITS, codes_directory, model_directory
+from launch.submission import Job
 from launch.submission_checks import check_data, check_disk, check_plan
 from launch.tasks import create_task
 from tests.integration.conftest import NANO, REPOSITORY, clone_program, write_corpus
@@ -36,24 +41,26 @@ def config(tmp_path: Path) -> RunConfig:
     return load_config(NANO, stage="rq_transformer", overrides=[*places, f"run_root={tmp_path}"])
 
 
-def encode(config: RunConfig, split: str, shard: int) -> None:
+def encode(config: RunConfig, split: str, shard: int, with_latents: bool = False) -> None:
     tokens = TokenDataset(config.data.directory, split)
+    samples = len(tokens.shard_range(shard))
     write_code_shard(
         codes_directory(config),
         split,
         shard,
-        np.zeros((len(tokens.shard_range(shard)), 16, 3), dtype=np.int64),
+        np.zeros((samples, 16, 3), dtype=np.int64),
         token_dataset=tokens,
         codec_hash="c0dec",
         compression_factor=4,
         codebook_sizes=(32, 32, 32),
+        latents=np.zeros((samples, 16, 2)) if with_latents else None,
     )
 
 
-def encode_all(config: RunConfig) -> None:
+def encode_all(config: RunConfig, with_latents: bool = False) -> None:
     for split in TRAINING_SPLITS:
         for shard in range(len(TokenDataset(config.data.directory, split).shards)):
-            encode(config, split, shard)
+            encode(config, split, shard, with_latents)
     finish_codes(codes_directory(config), config.data.directory, codec_hash="c0dec", splits=TRAINING_SPLITS)
 
 
@@ -93,7 +100,97 @@ def test_only_missing_tasks_are_submitted(config: RunConfig) -> None:
     build(config.data, num_workers=1)
     assert missing_build_tasks(config.data, 4) == []
     assert num_code_tasks(config, 64) == 4
-    assert missing_code_tasks(config, 4) == [0, 1, 2, 3]
+    assert missing_code_tasks(config, 4, with_latents=False, precision="fp32") == [0, 1, 2, 3]
+
+
+def arguments_of(job: str, config: RunConfig, *words: str) -> argparse.Namespace:
+    """The command line of a submission on the data of `config`."""
+    source = config.data.source
+    assert isinstance(source, JsonlSource)
+    places = [f"data.source.paths={source.paths[0]}", f"data.directory={config.data.directory}"]
+    options = [word for word in words if word.startswith("--")]
+    overrides = [*places, f"run_root={config.run_root}", *(word for word in words if word not in options)]
+    return submit.parse_arguments(["--config", str(NANO), "--job", job, *options, *overrides])
+
+
+def code_arrays(config: RunConfig, *words: str) -> list[str]:
+    """The arrays that `submit --job precompute_codes` would submit."""
+    args = arguments_of("precompute_codes", config, *words)
+    jobs = submit.code_jobs(load_config(NANO, overrides=args.overrides), args)
+    return [option for job in jobs for option in job.options]
+
+
+def stochastic(config: RunConfig) -> RunConfig:
+    train = config.train.model_copy(update={"stochastic_codes": True})
+    return config.model_copy(update={"train": train})
+
+
+def test_codes_that_training_refuses_are_made_again(config: RunConfig) -> None:
+    build(config.data, num_workers=1)
+    codec = model_directory(config) / "rqvae" / "config.json"
+    codec.parent.mkdir(parents=True)
+    codec.touch()
+    encode_all(config)
+    check_data(config)
+    assert code_arrays(config) == []
+    # Rounded otherwise, they are other codes.
+    assert code_arrays(config, "--precision=bf16") == ["--array=0-3%16"]
+    # There is nothing to draw from.
+    drawn = "stages.rq_transformer.stochastic_codes=true"
+    assert code_arrays(config, drawn) == ["--array=0-3%16"]
+    with pytest.raises(ValueError, match=r"without the latents .*; submit --job precompute_codes first"):
+        check_data(stochastic(config))
+    for split in TRAINING_SPLITS:
+        encode(config, split, 2, with_latents=True)
+    assert code_arrays(config, drawn) == ["--array=0-1,3%16"]
+    encode_all(config, with_latents=True)
+    check_data(stochastic(config))
+    assert code_arrays(config, drawn) == code_arrays(config) == []
+    # The last task was killed when all its shards were written: any task writes the manifest.
+    (codes_directory(config) / "codes_manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"codes .* are not complete; submit --job precompute_codes first"):
+        check_data(config)
+    assert code_arrays(config) == ["--array=0%16"]
+
+
+def build_jobs(config: RunConfig, *words: str) -> list[Job]:
+    """What `submit --job build_data` would submit, with two tasks for four files."""
+    args = arguments_of("build_data", config, "--max-tasks=2", *words)
+    return submit.build_jobs(load_config(NANO, overrides=args.overrides), args)
+
+
+def run_build_job(job: Job) -> None:
+    """What build_data.sh does, all tasks of an array."""
+    command, words = "build", job.arguments
+    if words[0] == "deduplicate":
+        command, *words = words
+    tasks = [["--task-index", index] for index in "01"] if "--num-tasks" in words else [[]]
+    for task in tasks:
+        assert data_pipeline_main([command, *task, *words]) == 0
+
+
+def test_duplicates_are_found_before_the_build(config: RunConfig, tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "text" / "0.jsonl", tmp_path / "text" / "9.jsonl")
+    without = "data.deduplicate=true"
+    assert [job.name for job in build_jobs(config)] == ["build_data", "merge_data"]
+    jobs = build_jobs(config, without)
+    names = ["deduplicate", "merge_duplicates", "build_data", "merge_data"]
+    assert [job.name for job in jobs] == names
+    assert {job.script for job in jobs} == {"build_data.sh"}
+    assert [job.options for job in jobs] == [["--array=0-1%16"], [], ["--array=0-1%16"], []]
+    # Only what is missing: one of the tasks, then the merge, then nothing of it.
+    deduplicated = load_config(NANO, overrides=arguments_of("build_data", config, without).overrides)
+    deduplicate_task(deduplicated.data, 1, 2)
+    assert build_jobs(config, without)[0].options == ["--array=0%16"]
+    run_build_job(jobs[0])
+    assert [job.name for job in build_jobs(config, without)] == names[1:]
+    run_build_job(jobs[1])
+    assert [job.name for job in build_jobs(config, without)] == names[2:]
+    for job in jobs[2:]:
+        run_build_job(job)
+    assert build_jobs(config, without) == []
+    removed = load_manifest(tmp_path / "tokens").source.description["exact_duplicates"]["removed"]
+    assert removed >= len((tmp_path / "text" / "9.jsonl").read_text().splitlines())
 
 
 def test_room_for_checkpoints(config: RunConfig) -> None:

@@ -235,6 +235,19 @@ def test_early_levels(rq: LatentGenerator, tokens: Make) -> None:
         assert out.token_ids != whole.token_ids
 
 
+def test_early_levels_of_one_embedding(make_codec: Make, make_latent_model: Make, tokenizer: Any) -> None:
+    latent_model = make_latent_model(RQTransformer, torch.float32, embedding="shared")
+    generator = LatentGenerator(make_codec(torch.float32), latent_model, tokenizer)
+    out = generator.generate_tokens([[1, 2, 3, 4, 5]], 12, stop_at_end_of_text=False, num_levels=2)
+    assert out.codes.shape[2] == 2
+    # The levels that are left out read as nothing, not as their first codes.
+    weight = latent_model.spatial.join.weight
+    before = latent_model.spatial.embed(out.codes)
+    with torch.no_grad():
+        weight[:, 2 * weight.shape[1] // LEVELS :].zero_()
+    assert torch.equal(latent_model.spatial.embed(out.codes), before)
+
+
 def test_schedules_over_levels(rq: LatentGenerator, tokens: Make) -> None:
     prompts = tokens(6, 8, seed=2)
     settings: dict[str, Any] = {"seed": 1, "stop_at_end_of_text": False}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from launch.config import check_world_size, load_config
 from launch.deepspeed_config import deepspeed_config
 from launch.plan import GIB, plan
 from launch.submission import Job, array, command
-from slurm import node
+from slurm import node, pipeline
+from tests.integration.conftest import NANO
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -55,6 +58,48 @@ def test_dependencies_and_arrays() -> None:
     assert not any(
         word.startswith("--dependency") for word in command(Job("a", "b.sh", []), Path("/c"), Path("/l"))
     )
+
+
+def words_of_build_data(tmp_path: Path, *words: str) -> list[str]:
+    """What build_data.sh starts in the array's task 2 of 3."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "site.sh").touch()
+    environment = {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "RQVAE_CODE": str(ROOT),
+        "RQVAE_SITE": str(tmp_path / "site.sh"),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_ARRAY_TASK_COUNT": "3",
+    }
+    script = str(ROOT / "slurm" / "build_data.sh")
+    result = subprocess.run(
+        ["bash", script, *words], env=environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout.splitlines()
+
+
+def test_build_data_takes_a_command_of_the_data_pipeline(tmp_path: Path) -> None:
+    task = ["--task-index", "2", "--num-tasks", "3"]
+    words = ["--config", "C", "data.x=a b"]
+    for wanted, given in (("build", []), ("deduplicate", ["deduplicate"])):
+        started = words_of_build_data(tmp_path, *given, *words)
+        assert started == ["-m", "data_pipeline", wanted, *task, *words]
+
+
+def test_the_pipeline_finds_duplicates_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    words = ["--config", str(NANO), "--dry-run", "data.deduplicate=true"]
+    places = [f"data.source.paths={tmp_path}/text.jsonl", f"data.directory={tmp_path}/tokens"]
+    assert pipeline.main([*words, *places, f"run_root={tmp_path}"]) == 0
+    jobs = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    names = [next(word.partition("=")[2] for word in job if word.startswith("--job-name=")) for job in jobs]
+    assert names == ["deduplicate", "merge_duplicates", "build_data", "merge_data", "submit_rest"]
+    for before, job in zip(names, jobs[1:], strict=False):
+        assert f"--dependency=afterok:<{before}>" in job
 
 
 def test_one_torchrun_per_node() -> None:
