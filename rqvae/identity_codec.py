@@ -2,7 +2,8 @@
 
 A latent model on these codes is MEGABYTE on tokens (Yu 2023): K tokens per spatial step, written one after another by
 the depth transformer, nothing lost: what every learned codec has to beat. (Its likelihood is still a bound, if only
-just: the codes also say where a document begins on the chunk grid and which places it leaves empty.)
+just: the codes also say where a document begins on the chunk grid and which places it leaves empty, log2 K bits a
+document at most; 0.0035 bits per byte at K=8 in documents of 168 tokens.)
 """
 
 from __future__ import annotations
