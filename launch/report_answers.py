@@ -68,6 +68,7 @@ def questions(sizes: Mapping[str, float]) -> list[Question]:
         with_text("How far is a codec's held-out perplexity from plain AR's?", headline, against_ar),
         with_text("Does that hold with more text, more words and longer training?", ("small",), race),
         best("Which codes can a latent model predict?", "recipes"),
+        best("Codec and latent model trained together?", "joint", codec="rqvae"),
         with_text(
             "What is gained in speed, and lost in quality, as K grows?", ("compression",), by_compression
         ),

@@ -52,7 +52,7 @@ def test_there_is_a_sweep_for_every_question() -> None:
     questions = {
         *("headline", "compression", "codebook", "architecture", "backbone", "freezing"),
         *("quantizer", "latent_input", "unsloth", "model_size", "recipes"),
-        *("small", "usage", "convolutions"),
+        *("small", "usage", "convolutions", "joint"),
     }
     assert {path.stem for path in SWEEPS} == questions
     assert all(load_sweep(path).name == path.stem for path in SWEEPS)
