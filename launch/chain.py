@@ -157,6 +157,7 @@ class Commands:
             [self.manifest, *models],
             [],
             as_text(section.model_dump(mode="json")),
+            report_key=(self.report_json, "bits_per_byte" if name == "evaluate" else "speed"),
         )
 
     def generate(self, models: Sequence[Path]) -> Step:

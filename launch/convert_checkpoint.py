@@ -18,7 +18,9 @@ without it.)
 
     python launch/convert_checkpoint.py MODEL.gguf runs/pretrained/NAME --to huggingface
 
-makes a Hugging Face directory, weights in fp32 and tokenizer, of a GGUF file of a Llama or Qwen3 model.
+makes a Hugging Face directory, weights in fp32 and tokenizer, of a GGUF file of a Llama or Qwen3 model. With a
+directory in that layout, or a hub id, for MODEL it is a copy: `model/base_lm` of a project whose backbone is
+pretrained, which evaluation and benchmark compare with.
 
     python launch/convert_checkpoint.py rq_vae_final.pt DST --to safetensors --config CONFIG
 
@@ -48,7 +50,7 @@ from launch.reference_checkpoint import check_config, convert_reference, read_re
 from launch.safetensors_files import verify_tensors, write_tensors
 from launch.shards import ShardedState
 from rqvae import RQVAE
-from rqvae.backbone import BaseLM, load_pretrained
+from rqvae.backbone import BaseLM, PretrainedLM, load_pretrained
 from rqvae.gguf_file import GGUFModel
 from rqvae.joint import RQVAEWithPrior
 from rqvae.loading import load_codec
@@ -222,16 +224,15 @@ def to_universal(source: Path, destination: Path) -> None:
 
 
 def to_huggingface(source: Path, destination: Path) -> None:
-    """Write weights and tokenizer of a GGUF file in Hugging Face layout.
+    """Write weights and tokenizer of a GGUF file, or of a model in that layout, in Hugging Face layout.
 
     Raises:
-        ValueError: it is no such file, something in it does not fit, or the destination is not empty.
+        ValueError: it is no such model, something in it does not fit, or the destination is not empty.
     """
-    if source.suffix != ".gguf":
-        raise ValueError(
-            f"--to huggingface converts a *.gguf file, which '{source}' is not; use --to safetensors"
-        )
     refuse_filled(destination)
+    if source.suffix != ".gguf":
+        copy_huggingface(source, destination)
+        return
     gguf = GGUFModel(source)
     model = BaseLM(gguf.architecture, eos_token_id=0)
     load_pretrained(str(source), model.lm.model, model.lm.lm_head)
@@ -247,6 +248,22 @@ def to_huggingface(source: Path, destination: Path) -> None:
     model.save_pretrained(partial)
     verify(model, BaseLM.from_pretrained(partial, eos_token_id=0))
     tokenizer.save_pretrained(partial)
+    partial.replace(destination)
+
+
+def copy_huggingface(source: Path, destination: Path) -> None:
+    """Copy a pretrained model, from its directory or the hub, once it is known to load.
+
+    Raises:
+        ValueError: there is none, or it is of no kind that a backbone may be.
+    """
+    pretrained = PretrainedLM(str(source))
+    partial = empty_partial(destination)
+    partial.mkdir(parents=True)
+    for file in sorted(pretrained.path.iterdir()):
+        if file.suffix in (".safetensors", ".json"):
+            shutil.copyfile(file, partial / file.name)  # the hub's cache has links
+    BaseLM.from_pretrained(partial, eos_token_id=0)
     partial.replace(destination)
 
 

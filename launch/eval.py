@@ -166,6 +166,8 @@ def evaluate(
     }
     if generator is not None and models.latent_model is not None:
         report["prompt_lengths"] = by_prompt_length(models.codec, models.latent_model, dataset, device)
+    # What is not measured this time is not left from another.
+    report |= {"importance": None, "brier_lm": None, "sample_quality": None}
     if models.pair is not None and validation is not None and settings.importance_documents:
         report["importance"] = importance_report(
             models.pair,

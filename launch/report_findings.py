@@ -95,7 +95,7 @@ def against_ar(text: str, results: Mapping[str, Any]) -> Answer | None:
         f"{best['about']}: a bound of {number(bits(best))} bits per byte, {number(ratio)} times plain AR's "
         f"{number(mean(best, reference))}.{_baselines(best)}",
         f"{number(ratio)} x",
-        ends(best, bound_of(best)),
+        ends(best, "bound_over_ar") if "bound_over_ar" in best["figures"] else "none",
         f"{best['figures'][bound_of(best)]['n']} seed(s); the bound is one from above",
         links(results, [best["trial"]]),
     )

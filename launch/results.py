@@ -53,6 +53,8 @@ trials as well."""
 INTERVALS = {
     name: ("bits_per_byte_intervals", path[1]) for name, path in FIGURES.items() if path[0] == "bits_per_byte"
 } | {"brier_lm": ("brier_lm", "intervals", "latent"), "brier_lm_ar": ("brier_lm", "intervals", "base_lm")}
+SAME_COMPUTE = 0.01
+"""Share by which the training FLOPs of two trials of equal compute may differ."""
 LEVELS = ("perplexity_normalized", "used_fraction", "nats_per_code", "distortion", "token_accuracy")
 """What is kept of every codebook level."""
 COMPUTE = ("train_tokens", "train_flops", "wall_s")
@@ -156,6 +158,15 @@ def run_figures(trial: PlannedTrial) -> dict[str, Any]:
     return run | found | {"codebook": {key: [] for key in LEVELS}}
 
 
+def programs(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of the trials that have run, by the commit of the program that measured them."""
+    found: dict[str, list[str]] = {}
+    for run in results["runs"]:
+        if run.get("commit"):
+            found.setdefault(run["commit"], []).append(f"{run['trial']} (seed {run['seed']})")
+    return found
+
+
 def figures_of(report: Mapping[str, Any], total: str = "total_latent") -> dict[str, Any]:
     """What a run's part of results.json takes from its report.json.
 
@@ -168,6 +179,7 @@ def figures_of(report: Mapping[str, Any], total: str = "total_latent") -> dict[s
     levels = (report.get("codebook") or {}).get("levels") or []
     return {
         "figures": {name: value for name, value in figures.items() if value is not None},
+        "commit": commit_of(report),
         "document_intervals": {name: ends for name, ends in intervals.items() if ends is not None},
         "codebook": {key: [level.get(key) for level in levels] for key in LEVELS},
         "speed_rows": [
@@ -175,6 +187,13 @@ def figures_of(report: Mapping[str, Any], total: str = "total_latent") -> dict[s
             for row in (report.get("speed") or {}).get("rows") or []
         ],
     }
+
+
+def commit_of(report: Mapping[str, Any]) -> str | None:
+    """Of the program that wrote a report, with `+` behind it where files had been changed."""
+    environment = report.get("environment") or {}
+    commit = environment.get("commit")
+    return f"{commit[:9]}{'+' if environment.get('dirty') else ''}" if commit else None
 
 
 def backbone_parameters(architecture: ArchitectureConfig) -> int:
@@ -190,27 +209,35 @@ def look_up(values: Any, path: Sequence[str]) -> Any:
 
 
 def fill_in_others(runs: Sequence[dict[str, Any]]) -> None:
-    """Figures of the sweep's baselines beside every trial of the same seed: the identity codec's, if there is one of
-    the same compression, and the plain AR model's of a trial of its own, which may have the trial's compute.
-    `from_trials` says which."""
-    baselines: dict[str, tuple[str, list[dict[str, Any]]]] = {
-        "identity": (
-            "bound",
-            [run for run in runs if run["codec"] == "identity" and "bound" in run["figures"]],
-        ),
-        "ar_trial": ("ar", [run for run in runs if run["stages"] == ["base_lm"] and "ar" in run["figures"]]),
-    }
-    for name, (figure, candidates) in baselines.items():
-        values = [(other, other["figures"][figure]) for other in candidates]
-        for run in runs:
-            same_seed = [pair for pair in values if pair[0]["seed"] == run["seed"]]
-            same_seed.sort(key=lambda pair: pair[0]["compression_factor"] != run["compression_factor"])
-            if run["figures"] and name not in run["figures"] and same_seed:
-                run["figures"][name] = same_seed[0][1]
-                run["from_trials"][name] = same_seed[0][0]["trial"]
+    """Figures of the sweep's baselines beside every trial of the same seed: the identity codec's of the same
+    compression, and those of plain AR of the same size, trained by itself for as many FLOPs. `from_trials` says
+    which; where there is none, there is no figure."""
+    identity = [run for run in runs if run["codec"] == "identity" and "bound" in run["figures"]]
+    plain = [run for run in runs if run["stages"] == ["base_lm"] and "ar" in run["figures"]]
     for run in runs:
-        if {"bound", "ar_trial"} <= set(run["figures"]):
-            run["figures"]["bound_over_ar"] = run["figures"]["bound"] / run["figures"]["ar_trial"]
+        if not run["figures"]:
+            continue
+        for name, figure, candidates, fits in (
+            ("identity", "bound", identity, _same_compression),
+            ("ar_trial", "ar", plain, _same_size_and_compute),
+        ):
+            other = next((o for o in candidates if o["seed"] == run["seed"] and fits(o, run)), None)
+            if other is not None and name not in run["figures"]:
+                run["figures"][name] = other["figures"][figure]
+                run["from_trials"][name] = other["trial"]
+        bounds = [run["figures"][name] for name in ("bound", "stochastic_bound") if name in run["figures"]]
+        if bounds and "ar_trial" in run["figures"]:
+            run["figures"]["bound_over_ar"] = min(bounds) / run["figures"]["ar_trial"]
+
+
+def _same_compression(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return bool(one["compression_factor"] == other["compression_factor"])
+
+
+def _same_size_and_compute(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    flops_of = [sum(run["planned_flops"].values()) for run in (one, other)]
+    same_size = one["backbone_parameters"] == other["backbone_parameters"]
+    return same_size and math.isclose(*flops_of, rel_tol=SAME_COMPUTE)
 
 
 def summary(name: str, about: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -261,10 +288,21 @@ def as_csv(results: Mapping[str, Any]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     names = [*FIGURES, *COMPUTE]
-    about = ("trial", "seed", "state", "compression_factor", "codebook_levels", "compute_ratio", "directory")
+    about = (
+        "trial",
+        "seed",
+        "state",
+        "compression_factor",
+        "codebook_levels",
+        "compute_ratio",
+        "commit",
+        "directory",
+    )
     writer.writerow([*about, *names])
     for run in results["runs"]:
-        writer.writerow([*(run[key] for key in about), *(run["figures"].get(name, "") for name in names)])
+        writer.writerow(
+            [*(run.get(key, "") for key in about), *(run["figures"].get(name, "") for name in names)]
+        )
     return buffer.getvalue()
 
 
@@ -286,6 +324,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     }
     told = " ".join(notes[kind] for kind in over)
     note = f"Bits per byte, lower is better; `bound` is an upper bound. {told}".rstrip()
+    by_program = programs(results)
+    if len(by_program) > 1:
+        each = "; ".join(f"`{commit}`: {', '.join(trials)}" for commit, trials in by_program.items())
+        note += f"\n\n**Measured by programs of different commits**, which may not do the same: {each}."
     return "\n\n".join([f"# {results['sweep']}", results["question"], note, "\n".join(lines)]) + "\n"
 
 

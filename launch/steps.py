@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import run_status
+from launch.report_data import read_report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _TOLD_LINES = 8  # of a failed step's log
@@ -48,6 +49,8 @@ class Step:
     """Of training, whose STATUS has the last word: `deepspeed` exits with 0 when a signal ended its lower process."""
     goes_on: bool = False
     """Interrupted, it goes on from what it has written; otherwise that is removed first."""
+    report_key: tuple[Path, str] | None = None
+    """Of a step that writes into a report which others write into as well: the file, and a key that it then holds."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,10 @@ def last_words(log: Path) -> str:
 def is_done(step: Step, record: Path) -> bool:
     """The step finished before, reading and writing exactly what is there now."""
     known = recorded(record)
+    if step.report_key is not None:
+        path, key = step.report_key
+        if key not in read_report(REPOSITORY / path):
+            return False
     return known is not None and known == {**inputs_of(step), "outputs": content_hash(step.outputs)}
 
 
@@ -163,9 +170,15 @@ def seconds_of(records: Path, steps: Sequence[Step]) -> float:
 
 
 def inputs_of(step: Step) -> dict[str, str | None]:
-    """What the step depends on: its command (but for the port), its settings and the content of its inputs."""
+    """What the step depends on: its command (but for the port, and where programs lie), its settings and the content
+    of its inputs."""
     port = step.command.index("--master_port") + 1 if "--master_port" in step.command else None
-    command = [word for index, word in enumerate(step.command) if index != port]
+    programs = Path(sys.executable).parent
+    command = [
+        "python" if word == sys.executable else word.removeprefix(f"{programs}/")
+        for index, word in enumerate(step.command)
+        if index != port
+    ]
     return {
         "command": shlex.join(command),
         "settings": hashlib.sha256(step.settings.encode()).hexdigest(),

@@ -119,6 +119,8 @@ class PlannedTrial:
     """In order, without those that its codec does not have."""
     shared: Path
     """Directory for what trials have in common."""
+    reference: RunConfig | None = None
+    """Configuration of the trial that its compute is matched to."""
 
     @property
     def directory(self) -> Path:
@@ -211,13 +213,16 @@ def plan_trials(sweep: Sweep, overrides: Sequence[str] = ()) -> list[PlannedTria
     if mistakes:
         raise ConfigError(f"sweep {sweep.name}", mistakes)
     refuse_shared_directories(sweep, configs)
-    return [_planned(sweep, name, seed, config) for seed in sweep.seeds for name, config in configs.items()]
+    return [_planned(sweep, name, seed, configs) for seed in sweep.seeds for name in configs]
 
 
-def _planned(sweep: Sweep, name: str, seed: int, config: RunConfig) -> PlannedTrial:
+def _planned(sweep: Sweep, name: str, seed: int, configs: Mapping[str, RunConfig]) -> PlannedTrial:
+    config = configs[name]
     root, trial = sweep_directory(config, sweep), sweep.trials[name]
     config = config.model_copy(update={"name": f"{name}-seed{seed}", "run_root": str(root), "seed": seed})
-    return PlannedTrial(name, seed, trial, config, stages_of(sweep, trial, config), root.parent / "shared")
+    reference = None if trial.match_compute is None else configs[trial.match_compute]
+    stages = stages_of(sweep, trial, config)
+    return PlannedTrial(name, seed, trial, config, stages, root.parent / "shared", reference)
 
 
 def stages_of(sweep: Sweep, trial: Trial, config: RunConfig) -> tuple[TrainedStage, ...]:

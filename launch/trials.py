@@ -132,7 +132,7 @@ class TrialRun:
         config = self.trial.config
         codec, stages = tokens_as_they_are(config), StagesConfig(base_lm=config.stages.base_lm)
         config = config.model_copy(update={"codec": codec, "stages": stages})
-        return Shared(named(config, "base_lm", self.trial.shared), "base_lm")
+        return Shared(named(config, "base_lm", self.trial.shared, self.ranks), "base_lm")
 
     def shared_codec(self, backbone: Sequence[Path]) -> Shared:
         """The codec that this trial needs; of a trial without one, tokens as they are, for the evaluation.
@@ -146,7 +146,7 @@ class TrialRun:
             codec, with_latents = tokens_as_they_are(config), False
         config = config.model_copy(update={"codec": codec, "stages": StagesConfig(rqvae=config.stages.rqvae)})
         return Shared(
-            named(config, "codec-latents" if with_latents else "codec", trial.shared),
+            named(config, "codec-latents" if with_latents else "codec", trial.shared, self.ranks),
             None if codec.model == "identity" else "rqvae",
             codec.model == "identity" or "rq_transformer" in trial.stages,
             with_latents,
@@ -187,7 +187,7 @@ def tokens_as_they_are(config: RunConfig) -> RQVAEConfig:
     )
 
 
-def named(config: RunConfig, kind: str, root: Path) -> RunConfig:
+def named(config: RunConfig, kind: str, root: Path, ranks: int) -> RunConfig:
     """The configuration of something shared, named after its content; what it does not depend on is left out."""
     plain = config.model_copy(
         update={
@@ -197,7 +197,8 @@ def named(config: RunConfig, kind: str, root: Path) -> RunConfig:
         }
     )
     values = plain.model_dump(mode="json", include={"seed", "codec", "train"}) | {
-        "data": plain.data.run_values()
+        "data": plain.data.run_values(),
+        "ranks": ranks,
     }
     stages = plain.stages.model_dump(mode="json", exclude_unset=True)
     name = f"{kind}-{short_hash({**values, 'stages': stages})}"

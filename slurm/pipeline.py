@@ -61,9 +61,12 @@ def jobs_after_data(args: argparse.Namespace, config: RunConfig) -> list[Job]:
         words = ["launch/convert_checkpoint.py", str(directory), str(exported), "--to", "safetensors"]
         jobs.append(Job(f"convert_{stage}", "run.sh", words, args.sbatch))
 
-    own_backbone = config.codec.backbone.pretrained is None
-    if own_backbone:
+    pretrained = config.codec.backbone.pretrained
+    if pretrained is None:
         train("base_lm")
+    elif not (models / "base_lm" / "config.json").is_file():  # what the latent model is compared with
+        words = ["launch/convert_checkpoint.py", pretrained, str(models / "base_lm"), "--to", "huggingface"]
+        jobs.append(Job("base_lm", "run.sh", words, args.sbatch))
     if config.codec.model != "identity":
         train("rqvae", *backbone_override(config, models / "base_lm"))
     jobs += code_jobs(config, args)
@@ -73,12 +76,9 @@ def jobs_after_data(args: argparse.Namespace, config: RunConfig) -> list[Job]:
     report = str(project / "report.json")
     how = ["--json", report, "--precision", args.precision]
     jobs.append(Job("evaluate", "evaluate.sh", [*of_models, *how, *settings], args.sbatch))
-    if own_backbone or (models / "base_lm" / "config.json").is_file():
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.precision]
-        race = ["inference", *of_models, "--report", report, "--dtype", dtype, *settings]
-        jobs.append(Job("benchmark", "benchmark.sh", race, args.sbatch))
-    else:
-        print(f"benchmark: left out; it needs an autoregressive model in '{models / 'base_lm'}'")
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.precision]
+    race = ["inference", *of_models, "--report", report, "--dtype", dtype, *settings]
+    jobs.append(Job("benchmark", "benchmark.sh", race, args.sbatch))
     jobs.append(Job("report", "run.sh", ["launch/report.py", str(project)], args.sbatch))
     return jobs
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,28 @@ def test_report_keeps_the_keys_of_others(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         read_report(path)
+
+
+def test_a_measurement_is_done_while_the_report_holds_it(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    step = steps.Step("evaluate", [sys.executable, "-c", ""], [], [], report_key=(report, "bits_per_byte"))
+    steps.mark(step, tmp_path / "record.json", finished=True)
+    assert not steps.is_done(
+        step, tmp_path / "record.json"
+    )  # removed, as one is told to do with a damaged one
+    update_report(report, {"bits_per_byte": {}})
+    assert steps.is_done(step, tmp_path / "record.json")
+    update_report(tmp_path / "other.json", {"speed": {}})
+    assert not steps.is_done(
+        replace(step, report_key=(tmp_path / "other.json", "bits_per_byte")), tmp_path / "record.json"
+    )
+
+
+def test_where_python_lies_makes_no_other_step() -> None:
+    here, launcher = Path(sys.executable), Path(sys.executable).with_name("deepspeed")
+    commands = [[str(here), "launch/train.py"], [str(launcher), "launch/train.py"]]
+    told = [steps.inputs_of(steps.Step("train", command, [], []))["command"] for command in commands]
+    assert told == ["python launch/train.py", "deepspeed launch/train.py"]
 
 
 def test_training_is_done_when_it_says_so_itself(tmp_path: Path) -> None:

@@ -141,8 +141,13 @@ def test_a_gguf_file_becomes_a_directory_with_model_and_tokenizer(
 
     assert convert([str(tmp_path / "m.gguf"), str(destination), "--to", "huggingface"]) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert convert([str(model_directory := destination), str(tmp_path / "x"), "--to", "huggingface"]) == 2
-    assert str(model_directory) in capsys.readouterr().err
+    # A directory in that layout is copied, as the model that the others are compared with.
+    assert convert([str(destination), str(tmp_path / "base_lm"), "--to", "huggingface"]) == 0
+    assert torch.equal(BaseLM.from_pretrained(tmp_path / "base_lm", 0).lm(ids).logits, lm(ids).logits)
+    (tmp_path / "base_lm/model.safetensors").unlink()
+    assert convert([str(tmp_path / "base_lm"), str(tmp_path / "x"), "--to", "huggingface"]) == 2
+    assert "no *.safetensors files" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_training_does_not_begin(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.matching import planned_flops
+from launch.experiments import resolve
 from launch.report import main
 from launch.report_answers import Answer, answers
 from launch.report_scaling import fit_power_law, gaps, series
@@ -80,7 +80,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     trial, {"state": "failed", "reason": "train-rqvae ended with status 1: no <memory>"}
                 )
             else:
-                record = {"state": "finished", "planned_flops": planned_flops(trial, 0)}
+                flops = resolve(trial, trials, data_is_there=False).flops
+                record = {"state": "finished", "planned_flops": flops}
                 write_record(trial, record)
                 (trial.directory / "report.json").write_text(json.dumps(invented(trial)))
         write_results(sweep, trials, directory / "sweeps" / name)

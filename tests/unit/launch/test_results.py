@@ -110,6 +110,45 @@ def test_the_ratio_to_plain_ar_is_that_of_the_same_seed(tmp_path: Path) -> None:
     assert "bound_over_ar" not in ar["figures"]
 
 
+def test_plain_ar_of_another_size_or_compute_is_no_baseline(tmp_path: Path) -> None:
+    sweep, trials = prepared(tmp_path, [0])
+    rq, identity, ar = trials
+    finish(ar, {"bits_per_byte": {"base_lm": 2.0}})
+    for trial, flops in ((rq, 100.0), (identity, 110.0), (ar, 100.5)):
+        values = json.loads((trial.directory / "trial.json").read_text()) if trial is ar else {}
+        if trial is not ar:
+            finish(trial, report(3.0))
+            values = json.loads((trial.directory / "trial.json").read_text())
+        write_record(trial, values | {"planned_flops": {"all": flops}})
+    runs = {run["trial"]: run for run in collect(sweep, trials)["runs"]}
+    assert runs["rq"]["figures"]["bound_over_ar"] == 1.5
+    assert "ar_trial" not in runs["identity"]["figures"]
+
+
+def test_a_table_says_that_programs_differ(tmp_path: Path) -> None:
+    sweep, trials = prepared(tmp_path, [0])
+    for trial, commit in zip(trials, ("a" * 40, "b" * 40, "b" * 40), strict=True):
+        finish(trial, report(3.0) | {"environment": {"commit": commit, "dirty": trial.name == "ar"}})
+    results = write_results(sweep, trials, tmp_path / "out")
+    assert [run["commit"] for run in results["runs"]] == ["a" * 9, "b" * 9, "b" * 9 + "+"]
+    told = (tmp_path / "out/results.md").read_text()
+    assert "**Measured by programs of different commits**" in told and "`aaaaaaaaa`: rq (seed 0);" in told
+    for trial in trials:
+        finish(trial, report(3.0) | {"environment": {"commit": "a" * 40, "dirty": False}})
+    write_results(sweep, trials, tmp_path / "out")
+    assert "different commits" not in (tmp_path / "out/results.md").read_text()
+
+
+def test_a_trial_matched_to_another_that_has_changed_was_not_run(tmp_path: Path) -> None:
+    sweep, trials = prepared(tmp_path, [0])
+    for trial in trials:
+        finish(trial, report(3.0))
+    longer = sweep.trials["rq"].model_copy(update={"overrides": {"stages": {"rqvae": {"steps": 40}}}})
+    changed = sweep.model_copy(update={"trials": {**sweep.trials, "rq": longer}})
+    rows = collect(changed, plan_trials(changed, [f"run_root={tmp_path}"]))["trials"]
+    assert [row["state"] for row in rows] == ["not run"] * 3
+
+
 def test_figures_of_an_earlier_try_are_not_shown(tmp_path: Path) -> None:
     sweep, trials = prepared(tmp_path, [0])
     finish(trials[0], report(3.0))

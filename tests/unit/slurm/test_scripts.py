@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import StepLoader
+from data_pipeline import StepLoader, build
 from launch.config import check_world_size, load_config
 from launch.deepspeed_config import deepspeed_config
 from launch.plan import GIB, plan
@@ -100,6 +101,23 @@ def test_the_pipeline_finds_duplicates_first(tmp_path: Path, capsys: pytest.Capt
     assert names == ["deduplicate", "merge_duplicates", "build_data", "merge_data", "submit_rest"]
     for before, job in zip(names, jobs[1:], strict=False):
         assert f"--dependency=afterok:<{before}>" in job
+
+
+def test_the_pipeline_takes_a_pretrained_backbone_as_the_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} " * 60 + "a small engine"}) + "\n" for n in range(300))
+    )
+    places = [f"data.source.paths={tmp_path}/text.jsonl", f"data.directory={tmp_path}/tokens", "name=p"]
+    words = [*places, f"run_root={tmp_path}", "data.tokenizer.vocab_size=262"]
+    build(load_config(NANO, overrides=words).data)
+    options = ["--config", str(NANO), "--dry-run", "--part", "rest"]
+    assert pipeline.main([*options, *words, "codec.backbone.pretrained=Qwen/Qwen3-0.6B"]) == 0
+    jobs = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    names = [next(word.partition("=")[2] for word in job if word.startswith("--job-name=")) for job in jobs]
+    assert names[:2] == ["base_lm", "rqvae"] and names[-3:] == ["evaluate", "benchmark", "report"]
+    assert jobs[0][-4:] == ["Qwen/Qwen3-0.6B", f"{tmp_path}/p/model/base_lm", "--to", "huggingface"]
 
 
 def test_one_torchrun_per_node() -> None:
