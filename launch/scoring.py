@@ -167,16 +167,17 @@ class _Scorer:
         real_chunks = chunk_documents(documents, self._factor) > 0
         if models.latent_model is None:
             scored = models.codec(ids, document_ids=documents)
-            codes, token_nats, correct, distortion = (
+            codes, token_nats, correct, distortion, latents = (
                 scored.codes,
                 scored.nats,
                 scored.correct,
                 scored.distortion,
+                scored.latents,
             )
         else:
             bound = latent_bound(models.codec, models.latent_model, ids, documents)
             codes, token_nats, correct = bound.codes, bound.token_nats, bound.token_correct
-            distortion = bound.distortion
+            distortion, latents = bound.distortion, bound.latents
             self._keep("latent_codes", bound.code_nats.double().sum(-1))
             self._add("code_nats", bound.code_nats.double().sum((0, 1)))
             self._keep_calibrated("prior", "latent_codes_calibrated")
@@ -192,8 +193,11 @@ class _Scorer:
         self._add("distortion", distortion.double())
         self._count_codes(codes[real_chunks])
         if isinstance(models.codec, RQVAE):
-            continuous = models.codec(ids, document_ids=documents, quantize=False)
-            self._add("continuous_correct", continuous.correct.double().sum())
+            real = documents > 0
+            continuous = models.codec.decoder(
+                latents, chunk_documents(documents, self._factor), ids, real.float()
+            )
+            self._add("continuous_correct", (continuous.correct.view_as(real) & real).double().sum())
             self._add("continuous_nats", continuous.nats.double().sum())
             self._discard("decoder")
         if isinstance(models.codec, RQVAE) and self._calibration is not None:

@@ -37,6 +37,8 @@ class LatentBound(NamedTuple):
     """LongTensor [B, S, D]."""
     distortion: Tensor
     """[D] sum over real latents of the squared norm left after every level."""
+    latents: Tensor
+    """[B, S, codebook_dim] before quantization; of tokens as codes, the codes."""
 
 
 def check_bound(vae: Codec, latent_model: LatentModel) -> None:
@@ -69,7 +71,9 @@ def latent_bound(
     scored = vae(input_ids, document_ids=document_ids)
     text = input_ids if latent_model.config.reads_tokens else None
     prior = latent_model(scored.codes, text, token_document_ids=document_ids)
-    return LatentBound(prior.nats, scored.nats, scored.correct, scored.codes, scored.distortion)
+    return LatentBound(
+        prior.nats, scored.nats, scored.correct, scored.codes, scored.distortion, scored.latents
+    )
 
 
 @torch.inference_mode()
@@ -116,6 +120,7 @@ def stochastic_bound(
         tokens.correct.view_as(real) & real,
         codes,
         torch.stack(distortion),
+        latents,
     )
 
 
