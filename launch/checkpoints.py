@@ -62,8 +62,8 @@ def find_complete(root: Path) -> list[Checkpoint]:
     """All complete checkpoints below `root`, oldest first; those that are damaged are left out."""
     found = []
     for mark in sorted(root.glob(f"step-*/{COMPLETE}")):
-        content = json.loads(mark.read_text())
-        if _damage(mark.parent, content["files"]) is None:
+        if _damage(mark) is None:
+            content = json.loads(mark.read_text())
             found.append(
                 Checkpoint(
                     mark.parent,
@@ -78,16 +78,20 @@ def find_complete(root: Path) -> list[Checkpoint]:
 
 def find_damaged(root: Path) -> dict[Path, str]:
     """Checkpoints below `root` that were complete once, oldest first, and the first file that each lacks now."""
-    marks = sorted(root.glob(f"step-*/{COMPLETE}"))
-    damage = {mark.parent: _damage(mark.parent, json.loads(mark.read_text())["files"]) for mark in marks}
+    damage = {mark.parent: _damage(mark) for mark in sorted(root.glob(f"step-*/{COMPLETE}"))}
     return {directory: file for directory, file in damage.items() if file is not None}
 
 
-def _damage(directory: Path, files: dict[str, int]) -> str | None:
-    """The first of these files that is missing or has another size; None where there is none."""
+def _damage(mark: Path) -> str | None:
+    """The first file of a checkpoint that is missing or cut, the mark itself included; None where there is none."""
+    try:
+        files = json.loads(mark.read_text())["files"]
+    except (json.JSONDecodeError, KeyError):
+        return mark.name
     for name, size in files.items():
-        if not (directory / name).is_file() or (directory / name).stat().st_size != size:
-            return name
+        path = mark.parent / name
+        if not path.is_file() or path.stat().st_size != size:
+            return str(name)
     return None
 
 

@@ -52,6 +52,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     told = capsys.readouterr().out
     assert "step-00000020' is damaged ('weights.pt' is missing or cut); going on from" in told
     assert "step-00000010' before it" in told
+    mark = write_checkpoint(tmp_path, 25) / checkpoints.COMPLETE
+    mark.write_text(mark.read_text()[:30])
+    assert checkpoints.start_from(tmp_path) == found
+    assert f"('{checkpoints.COMPLETE}' is missing or cut)" in capsys.readouterr().out
     write_checkpoint(tmp_path, 30)
     assert checkpoints.start_from(tmp_path) is not None
     assert capsys.readouterr().out == ""  # nothing is lost by an older one
