@@ -29,8 +29,8 @@ _SHARE_OF_MEMORY = 4
 _SHARE_OF_FILES = 32
 """A dataset keeps as many shards open as this fraction of the files that the process may: a shard has two, codes lie
 beside tokens, and there may be several sources."""
-_OPEN_SHARDS = range(16, 257)
-"""Fewest and most of them."""
+_FEWEST_OPEN, _MOST_OPEN = 16, 256
+"""Of such shards."""
 
 Places = tuple[int, ...]
 """Offset, size and crc32 of a sample's rows of every array, the arrays in the order of their names."""
@@ -47,8 +47,8 @@ def open_shards() -> int:
         except (OSError, ValueError):  # not allowed here: then with what there is
             pass
     if soft == resource.RLIM_INFINITY:
-        return _OPEN_SHARDS[-1]
-    return min(max(soft // _SHARE_OF_FILES, _OPEN_SHARDS[0]), _OPEN_SHARDS[-1])
+        return _MOST_OPEN
+    return min(max(soft // _SHARE_OF_FILES, _FEWEST_OPEN), _MOST_OPEN)
 
 
 class ShardReader:

@@ -18,7 +18,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,13 @@ def run_trials(
             write_record(trial, {"state": "not run", "reason": trial.spec.not_run})
             print(f"not run: {trial.spec.not_run}", flush=True)
         else:
-            failures += run_trial(sweep, planned, trial, ranks, failed_parts)
+            failures += run_trial(sweep, trial, ranks, failed_parts)
         if writes:
             write_results(sweep, planned, results_directory(planned))
     return failures
 
 
-def run_trial(
-    sweep: Sweep,
-    planned: Sequence[PlannedTrial],
-    trial: PlannedTrial,
-    ranks: int,
-    failed_parts: dict[str, str],
-) -> bool:
+def run_trial(sweep: Sweep, trial: PlannedTrial, ranks: int, failed_parts: dict[str, str]) -> bool:
     """Run one trial and record what became of it; returns whether it failed."""
     try:
         lock = RunLock(REPOSITORY / trial.directory)
@@ -139,9 +133,9 @@ def run_trial(
     record: dict[str, Any] = {"state": "running"}
     with lock:
         try:
-            for needed in with_reference(trial, planned):
+            for needed in filter(None, (trial, trial.reference)):
                 build_data(needed, failed_parts)
-            resolved = resolve(trial, planned)
+            resolved = resolve(trial)
             record |= {
                 "steps": resolved.steps(),
                 "planned_flops": resolved.flops,
@@ -166,13 +160,6 @@ def run_trial(
     return False
 
 
-def with_reference(trial: PlannedTrial, planned: Sequence[PlannedTrial]) -> Iterator[PlannedTrial]:
-    """The trial, and the one of the same seed that its compute is matched to."""
-    yield trial
-    if trial.spec.match_compute is not None:
-        yield next(o for o in planned if (o.name, o.seed) == (trial.spec.match_compute, trial.seed))
-
-
 def build_data(trial: PlannedTrial, failed_parts: dict[str, str]) -> None:
     """Token shards of a trial, unless they are there.
 
@@ -194,7 +181,7 @@ def build_data(trial: PlannedTrial, failed_parts: dict[str, str]) -> None:
         raise TrialError(failed_parts[name])
 
 
-def resolve(trial: PlannedTrial, planned: Sequence[PlannedTrial], data_is_there: bool = True) -> Resolved:
+def resolve(trial: PlannedTrial, data_is_there: bool = True) -> Resolved:
     """The trial with its final number of steps.
 
     Args:
@@ -204,9 +191,9 @@ def resolve(trial: PlannedTrial, planned: Sequence[PlannedTrial], data_is_there:
         ValueError: its compute cannot be matched, or its data are not built.
     """
     tokens = tokens_to_encode(trial.config) if data_is_there else 0
-    if trial.spec.match_compute is None:
+    reference = trial.reference
+    if reference is None:
         return Resolved(trial, planned_flops(trial, tokens), None)
-    _, reference = with_reference(trial, planned)
     wanted = planned_flops(reference, tokens_to_encode(reference.config) if data_is_there else 0)
     steps = match_compute(trial, wanted, tokens)
     trial = replace(trial, config=with_steps(trial.config, trial.stages[-1], steps))
@@ -221,10 +208,10 @@ def describe(sweep: Sweep, planned: Sequence[PlannedTrial], chosen: Sequence[Pla
     without_data = False
     for trial in chosen:
         try:
-            resolved = resolve(trial, planned)
+            resolved = resolve(trial)
         except NotADatasetError:
             without_data = True
-            resolved = resolve(trial, planned, data_is_there=False)
+            resolved = resolve(trial, data_is_there=False)
         codec = trial.config.codec
         rate = "" if trial.stages == ("base_lm",) else f"{codec_rate(trial):.1f}"
         steps = ", ".join(f"{stage} {count}" for stage, count in resolved.steps().items())

@@ -38,7 +38,7 @@ def check_data(config: RunConfig) -> None:
             if not manifest.splits[split].samples:
                 raise ValueError(
                     f"the token shards in '{tokens}' have no samples of the split {split!r}: build with a larger "
-                    f"data.{split}_fraction, or from more text"
+                    "data.validation_fraction, or from more text"
                 )
             _check_files(tokens / split, manifest.splits[split].shards, "submit --job build_data")
         if config.stage != "rq_transformer":

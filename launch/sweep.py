@@ -119,8 +119,8 @@ class PlannedTrial:
     """In order, without those that its codec does not have."""
     shared: Path
     """Directory for what trials have in common."""
-    reference: RunConfig | None = None
-    """Configuration of the trial that its compute is matched to."""
+    reference: PlannedTrial | None = None
+    """The trial of the same seed that its compute is matched to."""
 
     @property
     def directory(self) -> Path:
@@ -220,7 +220,7 @@ def _planned(sweep: Sweep, name: str, seed: int, configs: Mapping[str, RunConfig
     config = configs[name]
     root, trial = sweep_directory(config, sweep), sweep.trials[name]
     config = config.model_copy(update={"name": f"{name}-seed{seed}", "run_root": str(root), "seed": seed})
-    reference = None if trial.match_compute is None else configs[trial.match_compute]
+    reference = None if trial.match_compute is None else _planned(sweep, trial.match_compute, seed, configs)
     stages = stages_of(sweep, trial, config)
     return PlannedTrial(name, seed, trial, config, stages, root.parent / "shared", reference)
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.config import RunConfig
 from launch.steps import REPOSITORY
 from launch.sweep import PlannedTrial, short_hash
 from launch.trials import tokens_as_they_are
@@ -94,11 +93,8 @@ def content_hash(trial: PlannedTrial, measure: Sequence[str], ranks: int) -> str
 
 def settings_hash(trial: PlannedTrial) -> str:
     """Names all that a trial's figures depend on, the trial that its compute is matched to included."""
+    values = trial.config.model_dump(mode="json", exclude={"tracking", "stages"})
+    stages = trial.config.stages.model_dump(mode="json", exclude_unset=True)
     spec = trial.spec.model_dump(mode="json", include={"pretrained_backbone", "match_compute"})
-    reference = None if trial.reference is None else _settings(trial.reference)
-    return short_hash({**_settings(trial.config), "trained": trial.stages, **spec, "reference": reference})
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json", exclude={"tracking", "stages"})
-    return {**values, "stages": config.stages.model_dump(mode="json", exclude_unset=True)}
+    reference = None if trial.reference is None else settings_hash(trial.reference)
+    return short_hash({**values, "stages": stages, "trained": trial.stages, **spec, "reference": reference})

@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     trial, {"state": "failed", "reason": "train-rqvae ended with status 1: no <memory>"}
                 )
             else:
-                flops = resolve(trial, trials, data_is_there=False).flops
+                flops = resolve(trial, data_is_there=False).flops
                 record = {"state": "finished", "planned_flops": flops}
                 write_record(trial, record)
                 (trial.directory / "report.json").write_text(json.dumps(invented(trial)))

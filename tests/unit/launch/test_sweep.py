@@ -63,7 +63,7 @@ def test_every_trial_is_a_valid_run_of_about_equal_compute(path: Path, tmp_path:
     """Also as its directory will hold it, stage by stage; the encoding pass is left out, since no data are built."""
     trials = plan_trials(load_sweep(path), [f"run_root={tmp_path}"])
     for trial in trials:
-        resolved = resolve(trial, trials, data_is_there=False)
+        resolved = resolve(trial, data_is_there=False)
         config = resolved.trial.config
         write_config(config)
         for stage in trial.stages:
